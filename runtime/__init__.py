@@ -1,0 +1,37 @@
+"""Numbers: weight formats, quantizers, and the ops that compute on packed codes. Knows nothing of graphs or models."""
+
+from . import gradients as _gradients  # noqa: F401  (registers the ops' gradients)
+from . import ops
+from .backends import Backend, register_backend, registered_backends, unregister_backend
+from .bcq import binary_code
+from .calibrators import Calibrator, calibrator, calibrator_names
+from .errors import FormatError, PrequantError
+from .formats import LAYOUT_VERSION, Granularity, Scheme, WeightFormat
+from .metrics import sqnr
+from .quantizer import QuantizedWeight, Quantizer
+from .reference import Outliers
+from .strategies import register_strategy, strategy_names
+
+__all__ = [
+    "LAYOUT_VERSION",
+    "Backend",
+    "Calibrator",
+    "FormatError",
+    "Granularity",
+    "Outliers",
+    "PrequantError",
+    "QuantizedWeight",
+    "Quantizer",
+    "Scheme",
+    "WeightFormat",
+    "binary_code",
+    "calibrator",
+    "calibrator_names",
+    "ops",
+    "register_backend",
+    "register_strategy",
+    "registered_backends",
+    "sqnr",
+    "strategy_names",
+    "unregister_backend",
+]

@@ -1,0 +1,87 @@
+"""Where a faster implementation of an op registers; the reference runs whatever no backend takes.
+
+A backend is chosen per call by the device of the first tensor and by its own ``accepts``: the newest registration that
+accepts wins. Nothing falls back by catching errors: a kernel that accepted a call and fails, raises. Kernels see
+arguments that ``checks.py`` has passed (shapes, types, device), the same as the reference, which is their oracle::
+
+    quantize          (format, input, scale, zero_point)
+    dequantize        (format, codes, scale, zero_point, columns, dtype)        bcq included
+    fake_quantize     (format, input, scale, zero_point)
+    dynamic_scale     (format, input)
+    add_outliers      (None, weight, outliers)
+    packed_linear     (format, input, codes, scale, zero_point, outliers, bias,
+                       input_scale, input_zero_point, columns, input_format)
+    packed_embedding  (format, ids, codes, scale, zero_point, outliers, columns, dtype)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .errors import PrequantError
+from .formats import WeightFormat
+
+Kernel = Callable[..., Tensor]
+
+OPS = (
+    "quantize",
+    "dequantize",
+    "fake_quantize",
+    "dynamic_scale",
+    "add_outliers",
+    "packed_linear",
+    "packed_embedding",
+)
+"""The ops that take backends; calls of ``dequantize_bcq`` are ``dequantize``'s."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A kernel for one op on one device type. ``accepts(format, *arguments)`` sees exactly what the kernel would."""
+
+    name: str
+    op: str
+    device: str
+    accepts: Callable[..., bool]
+    kernel: Kernel
+
+
+_backends: dict[tuple[str, str], list[Backend]] = {}
+
+
+def register_backend(backend: Backend) -> None:
+    """Put ``backend`` before the ones registered so far.
+
+    Raises :class:`PrequantError` for an op that takes no backends, or a name that the op has on that device already.
+    """
+    if backend.op not in OPS:
+        raise PrequantError(f"backend {backend.name!r} is for op {backend.op!r}; backends exist for {list(OPS)}")
+    registered = _backends.setdefault((backend.op, backend.device), [])
+    if any(other.name == backend.name for other in registered):
+        raise PrequantError(f"a backend {backend.name!r} for {backend.op} on {backend.device} is already registered")
+    registered.insert(0, backend)
+
+
+def unregister_backend(backend: Backend) -> None:
+    """Take ``backend`` out again. Raises :class:`PrequantError` if it is not registered."""
+    registered = _backends.get((backend.op, backend.device), [])
+    if backend not in registered:
+        raise PrequantError(f"backend {backend.name!r} for {backend.op} on {backend.device} is not registered")
+    registered.remove(backend)
+
+
+def registered_backends(op: str, device: str) -> tuple[str, ...]:
+    """Names of the backends that are asked, in that order, before the reference."""
+    return tuple(backend.name for backend in _backends.get((op, device), ()))
+
+
+def call(op: str, reference: Kernel, format: WeightFormat | None, *arguments: Any) -> Tensor:
+    """Run the first backend that accepts the call, or else ``reference``."""
+    for backend in _backends.get((op, arguments[0].device.type), ()):
+        if backend.accepts(format, *arguments):
+            return backend.kernel(format, *arguments)
+    return reference(format, *arguments)

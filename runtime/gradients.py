@@ -1,0 +1,208 @@
+"""Gradients of the graph ops (registered on import; formulas in ``reference.py``).
+
+The packed ops save packed tensors alone and unpack the weight again in the backward. Everything here is a fixed
+sequence of torch and prequant ops, so that ``torch.compile`` can trace a training step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .autograd import register_constant, register_gradient
+from .formats import Granularity, WeightFormat
+from .reference import Outliers
+
+Arguments = tuple[Any, ...]
+Gradients = tuple["Tensor | None", ...]
+Needs = Sequence[bool]
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.flatten(0, -2)
+
+
+# ---- simulated ops ---------------------------------------------------------------------------------------------------
+
+
+def _dequantize_setup(ctx: Any, needs: Needs, arguments: Arguments, options: dict[str, Any]) -> None:
+    ctx.format = WeightFormat.parse(options["format"])
+    ctx.save_for_backward(*arguments)
+
+
+def _dequantize_backward(ctx: Any, needs: Needs, gradient: Tensor) -> Gradients:
+    codes, scale, zero_point = ctx.saved_tensors
+    return None, *reference.dequantize_gradients(gradient, codes, scale, zero_point, ctx.format, (needs[1], needs[2]))
+
+
+def _dequantize_bcq_backward(ctx: Any, needs: Needs, gradient: Tensor) -> Gradients:
+    planes, alphas = ctx.saved_tensors
+    return None, reference.dequantize_gradients(gradient, planes, alphas, None, ctx.format)[0]
+
+
+def _fake_quantize_setup(ctx: Any, needs: Needs, arguments: Arguments, options: dict[str, Any]) -> None:
+    _dequantize_setup(ctx, needs, arguments, options)
+    ctx.clipped, ctx.scale_gradient = options["clipped"], options["scale_gradient"]
+
+
+def _fake_quantize_backward(ctx: Any, needs: Needs, gradient: Tensor) -> Gradients:
+    input, scale, zero_point = ctx.saved_tensors
+    wanted = (needs[0], needs[1], needs[2])
+    return reference.fake_quantize_gradients(
+        gradient, input, scale, zero_point, ctx.format, ctx.clipped, ctx.scale_gradient, wanted
+    )
+
+
+def _add_outliers_setup(ctx: Any, needs: Needs, arguments: Arguments, options: dict[str, Any]) -> None:
+    ctx.save_for_backward(*arguments[1:])
+    ctx.replace = options["replace"]
+
+
+def _add_outliers_backward(ctx: Any, needs: Needs, gradient: Tensor) -> Gradients:
+    values, columns, row_offsets = ctx.saved_tensors
+    outliers = Outliers(values, columns, row_offsets, ctx.replace)
+    to_values = _outlier_gradient(gradient, outliers) if needs[1] else None
+    return _dense_gradient(gradient, outliers) if needs[0] else None, to_values, None, None
+
+
+def _outlier_gradient(gradient: Tensor, outliers: Outliers) -> Tensor:
+    """Gradient to the values: the weight's gradient at their positions."""
+    return gradient[outliers.positions()].to(outliers.values.dtype)
+
+
+def _dense_gradient(gradient: Tensor, outliers: Outliers | None) -> Tensor:
+    """The part of a weight's gradient that reaches what lies under the outliers: replaced positions get none."""
+    if outliers is None or not outliers.replace:
+        return gradient
+    return gradient.index_put(outliers.positions(), gradient.new_zeros(()))
+
+
+# ---- packed ops ------------------------------------------------------------------------------------------------------
+
+
+def _packed_linear_setup(ctx: Any, needs: Needs, arguments: Arguments, options: dict[str, Any]) -> None:
+    input, codes, scale, zero_point, values, columns, row_offsets, ctx.replace, bias, input_scale, input_zero = (
+        arguments
+    )
+    ctx.format, ctx.columns = options["format"], options["columns"]
+    ctx.input_format = WeightFormat.parse(options["input_format"]) if options["input_format"] else None
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    # The input is read by the weight's gradient and by that of its own quantization, and else need not be kept.
+    reads_input = any(needs[i] for i in (2, 3, 4, 9, 10)) or ctx.input_format is not None
+    ctx.save_for_backward(
+        *(
+            input if reads_input else None,
+            codes,
+            scale,
+            zero_point,
+            values,
+            columns,
+            row_offsets,
+            input_scale,
+            input_zero,
+        )
+    )
+
+
+def _packed_linear_backward(ctx: Any, needs: Needs, gradient: Tensor) -> Gradients:
+    input, codes, scale, zero_point, values, columns, row_offsets, input_scale, input_zero = ctx.saved_tensors
+    outliers = None if values is None else Outliers(values, columns, row_offsets, ctx.replace)
+    effective_scale = input_scale
+    if ctx.input_format is not None and input_scale is None:
+        effective_scale = ops.dynamic_scale(input, format=str(ctx.input_format))
+
+    to_scale = to_zero_point = to_values = to_bias = None
+    if needs[2] or needs[3] or needs[4]:
+        seen = reference.quantized_input(input, effective_scale, input_zero, ctx.input_format)
+        to_weight = _matrix(gradient).transpose(0, 1) @ _matrix(seen)
+        if needs[2] or needs[3]:
+            dense, format = _dense_gradient(to_weight, outliers), WeightFormat.parse(ctx.format)
+            wanted = (needs[2], needs[3])
+            to_scale, to_zero_point = reference.dequantize_gradients(dense, codes, scale, zero_point, format, wanted)
+        if needs[4] and outliers is not None:
+            to_values = _outlier_gradient(to_weight, outliers)
+        del to_weight
+    if needs[8]:
+        to_bias = _matrix(gradient).sum(0, dtype=ctx.bias_dtype)
+
+    to_input = to_input_scale = to_input_zero = None
+    if needs[0] or needs[9] or needs[10]:
+        weight = ops.dequantize(codes, scale, zero_point, format=ctx.format, columns=ctx.columns)
+        if outliers is not None:
+            weight = ops.add_outliers(weight, values, columns, row_offsets, replace=ctx.replace)
+        to_input = gradient @ weight.to(gradient.dtype)
+        if ctx.input_format is not None:
+            to_input, to_input_scale, to_input_zero = reference.fake_quantize_gradients(
+                *(to_input, input, effective_scale, input_zero, ctx.input_format),
+                clipped=True,
+                scale_gradient=True,
+                needs=(needs[0], needs[9], needs[10]),
+            )
+    return (
+        *(to_input, None, to_scale, to_zero_point, to_values, None, None, None),
+        *(to_bias, to_input_scale, to_input_zero),
+    )
+
+
+def _packed_embedding_setup(ctx: Any, needs: Needs, arguments: Arguments, options: dict[str, Any]) -> None:
+    ctx.format, ctx.padding_idx = WeightFormat.parse(options["format"]), options["padding_idx"]
+    ctx.replace = arguments[7]
+    ctx.save_for_backward(*arguments[:7])
+
+
+def _packed_embedding_backward(ctx: Any, needs: Needs, gradient: Tensor) -> Gradients:
+    ids, codes, scale, zero_point, values, columns, row_offsets = ctx.saved_tensors
+    rows = ids.flatten()
+    if ctx.padding_idx >= 0:  # the padding row gets no gradient, as in aten.embedding
+        gradient = gradient.masked_fill((ids == ctx.padding_idx).unsqueeze(-1), 0)
+    slots, gradient = _summed_by_row(rows, gradient.reshape(rows.shape[0], gradient.shape[-1]), codes.shape[-2])
+    to_scale = to_zero_point = to_values = None
+    if values is not None:
+        outlier_rows, outlier_columns = Outliers(values, columns, row_offsets, ctx.replace).positions()
+        positions = (slots[outlier_rows], outlier_columns)
+        if needs[4]:
+            to_values = gradient[positions].to(values.dtype)
+        if ctx.replace:
+            gradient = gradient.index_put(positions, gradient.new_zeros(()))
+    if needs[2] or needs[3]:
+        taken = [reference.taken_scales(rows, t, ctx.format) for t in (scale, zero_point)]
+        codes, dense, wanted = codes.index_select(-2, rows), gradient[:-1], (needs[2], needs[3])
+        parts = reference.dequantize_gradients(dense, codes, taken[0], taken[1], ctx.format, wanted)
+        to_scale, to_zero_point = (
+            None if part is None or whole is None else _spread_by_row(part, rows, whole, ctx.format)
+            for part, whole in zip(parts, (scale, zero_point), strict=True)
+        )
+    return None, None, to_scale, to_zero_point, to_values, None, None, None
+
+
+def _summed_by_row(rows: Tensor, gradient: Tensor, table_rows: int) -> tuple[Tensor, Tensor]:
+    """Add up the gradients ``[n, columns]`` of look-ups of the same row, at the place of the first of them.
+
+    Returns that place for every row of the table, ``[table_rows]``, and the sums ``[n + 1, columns]``; rows that were
+    not looked up have place ``n``, where the sum is 0. Sizes depend on no value, and no ``[table_rows, columns]``
+    matrix is made.
+    """
+    n = rows.shape[0]
+    order = torch.arange(n, device=rows.device)
+    slots = torch.full((table_rows,), n, device=rows.device).scatter_reduce(0, rows.to(torch.int64), order, "amin")
+    return slots, gradient.new_zeros(n + 1, gradient.shape[-1]).index_add(0, slots[rows], gradient)
+
+
+def _spread_by_row(part: Tensor, rows: Tensor, whole: Tensor, format: WeightFormat) -> Tensor:
+    """Gradients to the scales of some rows, as a gradient to the scales of all."""
+    if format.granularity is Granularity.TENSOR:
+        return part
+    return torch.zeros_like(whole).index_add(whole.dim() - 2, rows, part.to(whole.dtype))
+
+
+register_gradient("dequantize", _dequantize_setup, _dequantize_backward)
+register_gradient("dequantize_bcq", _dequantize_setup, _dequantize_bcq_backward)
+register_gradient("fake_quantize", _fake_quantize_setup, _fake_quantize_backward)
+register_gradient("add_outliers", _add_outliers_setup, _add_outliers_backward)
+register_gradient("packed_linear", _packed_linear_setup, _packed_linear_backward)
+register_gradient("packed_embedding", _packed_embedding_setup, _packed_embedding_backward)
+register_constant("dynamic_scale")  # as DeepSpeed's and Huawei Noah's quantizers have it

@@ -1,0 +1,265 @@
+"""The graph ops, ``torch.ops.prequant.*``: schemas and shape functions. What they compute stands in ``reference.py``.
+
+All are functional, so ``torch.export``, ``torch.compile`` and every exporter see plain nodes. Formats travel as text
+(``"affine4:row"``, see :class:`~prequant.runtime.formats.WeightFormat`). Codes never carry a gradient; scales, zero
+points, alphas and outlier values do. The backward of the packed ops unpacks the weight again instead of keeping it,
+so that training on frozen codes holds one layer's float weight at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, reference
+from .backends import call
+from .errors import PrequantError
+from .formats import Granularity, Scheme, WeightFormat, _parse
+from .reference import Outliers
+
+library = torch.library.Library("prequant", "DEF")
+
+_OUTLIERS = "Tensor? outlier_values, Tensor? outlier_columns, Tensor? outlier_row_offsets, bool outliers_replace"
+_SCHEMAS = {
+    "quantize": "(Tensor input, Tensor scale, Tensor? zero_point, *, str format) -> Tensor",
+    "dequantize": "(Tensor codes, Tensor scale, Tensor? zero_point, *, str format, int columns, "
+    "ScalarType? dtype=None) -> Tensor",
+    "dequantize_bcq": "(Tensor planes, Tensor alphas, *, str format, int columns, ScalarType? dtype=None) -> Tensor",
+    "fake_quantize": "(Tensor input, Tensor scale, Tensor? zero_point, *, str format, bool clipped=True, "
+    "bool scale_gradient=True) -> Tensor",
+    "dynamic_scale": "(Tensor input, *, str format) -> Tensor",
+    "uncalibrated": "(Tensor input, *, str format, str observer, str name) -> Tensor",
+    "add_outliers": "(Tensor weight, Tensor values, Tensor columns, Tensor row_offsets, *, bool replace) -> Tensor",
+    "packed_linear": f"(Tensor input, Tensor codes, Tensor scale, Tensor? zero_point, {_OUTLIERS}, Tensor? bias, "
+    "Tensor? input_scale, Tensor? input_zero_point, *, str format, int columns, str input_format='') -> Tensor",
+    "packed_embedding": f"(Tensor ids, Tensor codes, Tensor scale, Tensor? zero_point, {_OUTLIERS}, "
+    "*, str format, int columns, int padding_idx=-1, ScalarType? dtype=None) -> Tensor",
+}
+OP_NAMES = tuple(_SCHEMAS)
+for _name, _schema in _SCHEMAS.items():
+    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def _quantize(input: Tensor, scale: Tensor, zero_point: Tensor | None, *, format: str) -> Tensor:
+    parsed = checks.scaled_format(format, input.shape, scale.shape, None if zero_point is None else zero_point.shape)
+    return call("quantize", _reference_quantize, parsed, input, scale, zero_point)
+
+
+def _reference_quantize(format: WeightFormat, input: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    return reference.quantize(input, scale, zero_point, format)
+
+
+def _dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    *,
+    format: str,
+    columns: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    parsed = checks.weight_format(format, columns, codes, scale, zero_point)
+    return call("dequantize", _reference_dequantize, parsed, codes, scale, zero_point, columns, dtype or scale.dtype)
+
+
+def _reference_dequantize(
+    format: WeightFormat, codes: Tensor, scale: Tensor, zero_point: Tensor | None, columns: int, dtype: torch.dtype
+) -> Tensor:
+    return reference.dequantize(codes, scale, zero_point, format, columns).to(dtype)
+
+
+def _dequantize_bcq(
+    planes: Tensor, alphas: Tensor, *, format: str, columns: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    return _dequantize(planes, alphas, None, format=format, columns=columns, dtype=dtype)
+
+
+def _fake_quantize(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    *,
+    format: str,
+    clipped: bool = True,
+    scale_gradient: bool = True,
+) -> Tensor:
+    parsed = checks.scaled_format(format, input.shape, scale.shape, None if zero_point is None else zero_point.shape)
+    return call("fake_quantize", _reference_fake_quantize, parsed, input, scale, zero_point)
+
+
+def _reference_fake_quantize(format: WeightFormat, input: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    return reference.fake_quantize(input, scale, zero_point, format)
+
+
+def _dynamic_scale(input: Tensor, *, format: str) -> Tensor:
+    return call("dynamic_scale", _reference_dynamic_scale, _parse(format), input)
+
+
+def _reference_dynamic_scale(format: WeightFormat, input: Tensor) -> Tensor:
+    return reference.dynamic_scale(input, format)
+
+
+def _uncalibrated(input: Tensor, *, format: str, observer: str, name: str) -> Tensor:
+    raise PrequantError(
+        f"the activation {name!r} has no scale yet: calibrate the program before it runs (observer {observer!r})"
+    )
+
+
+def _add_outliers(weight: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, *, replace: bool) -> Tensor:
+    outliers = checks.outliers(values, columns, row_offsets, replace, weight.shape[0])
+    return call("add_outliers", _reference_add_outliers, None, weight, outliers)
+
+
+def _reference_add_outliers(format: None, weight: Tensor, outliers: Outliers) -> Tensor:
+    return reference.add_outliers(weight, outliers)
+
+
+def _packed_linear(
+    input: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    outlier_values: Tensor | None,
+    outlier_columns: Tensor | None,
+    outlier_row_offsets: Tensor | None,
+    outliers_replace: bool,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    *,
+    format: str,
+    columns: int,
+    input_format: str = "",
+) -> Tensor:
+    parsed = checks.weight_format(format, columns, codes, scale, zero_point)
+    checks.linear(input, codes, columns, bias)
+    outliers = checks.outliers(outlier_values, outlier_columns, outlier_row_offsets, outliers_replace, codes.shape[-2])
+    activation = checks.activation_format(input_format, input, input_scale, input_zero_point)
+    return call(
+        *("packed_linear", reference.packed_linear, parsed),
+        *(input, codes, scale, zero_point, outliers, bias, input_scale, input_zero_point, columns, activation),
+    )
+
+
+def _packed_embedding(
+    ids: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    outlier_values: Tensor | None,
+    outlier_columns: Tensor | None,
+    outlier_row_offsets: Tensor | None,
+    outliers_replace: bool,
+    *,
+    format: str,
+    columns: int,
+    padding_idx: int = -1,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    parsed = checks.weight_format(format, columns, codes, scale, zero_point)
+    checks.ids(ids, codes)
+    outliers = checks.outliers(outlier_values, outlier_columns, outlier_row_offsets, outliers_replace, codes.shape[-2])
+    return call(
+        *("packed_embedding", reference.packed_embedding, parsed),
+        *(ids, codes, scale, zero_point, outliers, columns, dtype or scale.dtype),
+    )
+
+
+KERNELS: dict[str, Callable[..., Tensor]] = {
+    "quantize": _quantize,
+    "dequantize": _dequantize,
+    "dequantize_bcq": _dequantize_bcq,
+    "fake_quantize": _fake_quantize,
+    "dynamic_scale": _dynamic_scale,
+    "uncalibrated": _uncalibrated,
+    "add_outliers": _add_outliers,
+    "packed_linear": _packed_linear,
+    "packed_embedding": _packed_embedding,
+}
+for _name, _kernel in KERNELS.items():
+    library.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+quantize = torch.ops.prequant.quantize.default
+dequantize = torch.ops.prequant.dequantize.default
+dequantize_bcq = torch.ops.prequant.dequantize_bcq.default
+fake_quantize = torch.ops.prequant.fake_quantize.default
+dynamic_scale = torch.ops.prequant.dynamic_scale.default
+uncalibrated = torch.ops.prequant.uncalibrated.default
+add_outliers = torch.ops.prequant.add_outliers.default
+packed_linear = torch.ops.prequant.packed_linear.default
+packed_embedding = torch.ops.prequant.packed_embedding.default
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("prequant::quantize", lib=library)
+def _(input: Tensor, scale: Tensor, zero_point: Tensor | None, *, format: str) -> Tensor:
+    parsed = WeightFormat.parse(format)
+    return input.new_empty((*input.shape[:-1], parsed.row_bytes(input.shape[-1])), dtype=torch.uint8)
+
+
+@torch.library.register_fake("prequant::dequantize", lib=library)
+def _(codes: Tensor, scale: Tensor, *rest: Any, format: str, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+    planes = WeightFormat.parse(format).scheme is Scheme.BCQ
+    return scale.new_empty((*codes.shape[int(planes) : -1], columns), dtype=dtype or scale.dtype)
+
+
+@torch.library.register_fake("prequant::dequantize_bcq", lib=library)
+def _(planes: Tensor, alphas: Tensor, *, format: str, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+    return alphas.new_empty((*planes.shape[1:-1], columns), dtype=dtype or alphas.dtype)
+
+
+@torch.library.register_fake("prequant::fake_quantize", lib=library)
+def _(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    *,
+    format: str,
+    clipped: bool = True,
+    scale_gradient: bool = True,
+) -> Tensor:
+    return torch.empty_like(input)
+
+
+@torch.library.register_fake("prequant::dynamic_scale", lib=library)
+def _(input: Tensor, *, format: str) -> Tensor:
+    tokens = WeightFormat.parse(format).granularity is Granularity.ROW
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    return input.new_empty((*input.shape[:-1], 1) if tokens else [1] * input.dim(), dtype=dtype)
+
+
+@torch.library.register_fake("prequant::uncalibrated", lib=library)
+def _(input: Tensor, *, format: str, observer: str, name: str) -> Tensor:
+    return torch.empty_like(input)
+
+
+@torch.library.register_fake("prequant::add_outliers", lib=library)
+def _(weight: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, *, replace: bool) -> Tensor:
+    return torch.empty_like(weight)
+
+
+@torch.library.register_fake("prequant::packed_linear", lib=library)
+def _(input: Tensor, codes: Tensor, *rest: Any, **options: Any) -> Tensor:
+    return input.new_empty((*input.shape[:-1], codes.shape[-2]))
+
+
+@torch.library.register_fake("prequant::packed_embedding", lib=library)
+def _(
+    ids: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    *rest: Any,
+    format: str,
+    columns: int,
+    padding_idx: int = -1,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    return scale.new_empty((*ids.shape, columns), dtype=dtype or scale.dtype)
