@@ -1,0 +1,76 @@
+"""The graph: Programs, weight sites, scopes, and one file per pass. Knows nothing of transformers, training or
+files.
+"""
+
+from .base import Pass, PassError, Report, WeightPass
+from .binary_code import BinaryCode
+from .calibrate import CalibrationError, calibrate
+from .canonicalize import Canonicalize
+from .config import ConfigError
+from .freeze import Freeze
+from .lower import Lower, lower
+from .observers import Damage, Dump, Observer, Step, Timing, Verify
+from .options import Option, OptionError
+from .pipeline import Pipeline
+from .printing import readable
+from .program import Input, Program, ProgramInfo, Signature
+from .properties import define_property
+from .quantize_activations import QuantizeActivations
+from .quantize_weights import QuantizeWeights
+from .registry import PassDescription, RegistryError, broken_passes, describe, find_pass, known_passes
+from .scope import Scope, ScopeError
+from .shapes import propagate_shapes
+from .sites import WeightSite, weight_sites
+from .split_outliers import SplitOutliers
+from .text import PassTextError, parse_pass
+from .train import Train
+from .weights import WeightView, weights
+
+__all__ = [
+    "BinaryCode",
+    "CalibrationError",
+    "Canonicalize",
+    "ConfigError",
+    "Damage",
+    "Dump",
+    "Freeze",
+    "Input",
+    "Lower",
+    "Observer",
+    "Option",
+    "OptionError",
+    "Pass",
+    "PassDescription",
+    "PassError",
+    "PassTextError",
+    "Pipeline",
+    "Program",
+    "ProgramInfo",
+    "QuantizeActivations",
+    "QuantizeWeights",
+    "RegistryError",
+    "Report",
+    "Scope",
+    "ScopeError",
+    "Signature",
+    "SplitOutliers",
+    "Step",
+    "Timing",
+    "Train",
+    "Verify",
+    "WeightPass",
+    "WeightSite",
+    "WeightView",
+    "broken_passes",
+    "calibrate",
+    "define_property",
+    "describe",
+    "find_pass",
+    "known_passes",
+    "lower",
+    "parse_pass",
+    "propagate_shapes",
+    "readable",
+    "weight_sites",
+    "weights",
+]
