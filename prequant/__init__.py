@@ -1,0 +1,31 @@
+"""prequant: a graph compiler that makes pre-trained language models small and fast, and measures what it costs.
+
+Trace a model, run passes over the graph, lower it to packed operators, save and load it::
+
+    program = prequant.trace(model, example_inputs)
+    program = prequant.Pipeline([passes.Canonicalize(), passes.QuantizeWeights(bits=4)])(program)
+    packed = prequant.lower(program)
+    packed.save_pretrained("out")
+    packed = prequant.load("out")
+
+Importing prequant lets transformers load saved folders, too.
+"""
+
+from prequant import transformers_quantizer as _transformers_quantizer  # noqa: F401  (lets transformers load saved folders)
+from prequant.checkpoint import CheckpointError, load, save
+from prequant.passes import Pipeline, Program, calibrate, lower
+from prequant.runtime import PrequantError
+from prequant.trace import TraceError, trace
+
+__all__ = [
+    "CheckpointError",
+    "Pipeline",
+    "PrequantError",
+    "Program",
+    "TraceError",
+    "calibrate",
+    "load",
+    "lower",
+    "save",
+    "trace",
+]
