@@ -15,6 +15,7 @@ from .aliasing import is_view
 from .base import PassError, Report, WeightPass
 from .program import Program
 from .properties import operands_of
+from .scope import Scope
 from .sites import PARTS, WEIGHT_OPERAND, WeightSite, expression_leaf, weight_name, weight_sites
 
 aten = torch.ops.aten
@@ -35,6 +36,9 @@ PRODUCTS = (
     aten.scaled_dot_product_attention.default,
 )
 """Every op that multiplies matrices or looks up rows: each is lowered, or reported with the reason it is not."""
+
+SHOWN = 5
+"""How many kept weights the error of a strict run names."""
 
 EXPRESSION_OPS = (*PARTS, ops.dynamic_scale)
 """What a packed op takes the place of, beside the linear or embedding."""
@@ -72,11 +76,12 @@ class Lower(WeightPass):
                     report.rewrite(site, site.format, op="embedding" if _is_embedding(consumer) else "linear")
         for node, reason, has_weight in _remaining(program):
             report.keep(node, reason)
-            if has_weight:
+            if has_weight and Scope(self.include, self.exclude).holds(node):
                 kept_weights.append(f"{node.name} ({reason})")
         report.totals.update(lowered=len(report.changes), kept=len(report.kept))
         if self.strict and kept_weights:
-            raise PassError("not everything can be lowered: " + "; ".join(kept_weights))
+            more = f" and {len(kept_weights) - SHOWN} more" if kept_weights[SHOWN:] else ""
+            raise PassError("not everything can be lowered: " + "; ".join(kept_weights[:SHOWN]) + more)
         return report
 
 

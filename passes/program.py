@@ -274,7 +274,6 @@ class Program(fx.GraphModule):
         written = next(kind for kind in type(self).__mro__ if not kind.__qualname__.endswith("GraphModuleImpl"))
         copied = cast(Program, written(self, graph))
         copied.meta = dict(self.meta)
-        copied.training = self.training
         return copied
 
 

@@ -44,6 +44,11 @@ class Scope:
     include: tuple[Pattern, ...] = ()
     exclude: tuple[Pattern, ...] = ()
 
+    def holds(self, item: WeightSite | fx.Node) -> bool:
+        """Whether something is in scope."""
+        included = not self.include or any(matches(pattern, item) for pattern in self.include)
+        return included and not any(matches(pattern, item) for pattern in self.exclude)
+
     def split(self, candidates: Iterable[T]) -> tuple[list[T], list[T]]:
         """``candidates`` in scope, and out of it.
 
@@ -53,12 +58,7 @@ class Scope:
         for pattern in (*self.include, *self.exclude):
             if not any(matches(pattern, item) for item in items):
                 raise ScopeError(_nothing(pattern, items))
-        inside = [
-            item
-            for item in items
-            if (not self.include or any(matches(p, item) for p in self.include))
-            and not any(matches(p, item) for p in self.exclude)
-        ]
+        inside = [item for item in items if self.holds(item)]
         chosen = set(map(id, inside))
         return inside, [item for item in items if id(item) not in chosen]
 

@@ -1,5 +1,5 @@
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -191,7 +191,7 @@ def test_tied_latent_weights_freeze_once() -> None:
 
 @pytest.mark.parametrize("mode", ["delta", "replace"])
 @pytest.mark.parametrize("lowered", [False, True])
-def test_outliers_are_stored_in_the_dtype_asked_for(mode: str, lowered: bool) -> None:
+def test_outliers_are_stored_in_the_dtype_asked_for(mode: Literal["delta", "replace"], lowered: bool) -> None:
     program = Pipeline([SplitOutliers(ratio=0.1, mode=mode), QuantizeWeights(bits=3)])(tiny_mlp_program())
     program = Train(outliers=True)(Lower()(program) if lowered else program)
     step(program, mlp_inputs())

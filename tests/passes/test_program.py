@@ -242,8 +242,9 @@ def test_a_copy_shares_tensors_and_nothing_else(index: int) -> None:
     for name in before:
         assert copied.tensor(name).data_ptr() == program.tensor(name).data_ptr()
         assert copied.tensor(name).requires_grad == program.tensor(name).requires_grad
-    for node in copied.graph.nodes:
+    for node, original in zip(copied.graph.nodes, program.graph.nodes, strict=True):
         assert node.graph is copied.graph
+        assert node.meta == original.meta and node.meta is not original.meta
     # Rewrite everything in the copy.
     for name in list(before):
         copied.set_tensor(name, torch.zeros_like(copied.tensor(name)))

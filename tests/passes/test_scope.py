@@ -1,14 +1,15 @@
 from collections.abc import Callable
 
 import pytest
-from torch import fx
+from torch import Tensor, fx, nn
 
 from prequant.passes import QuantizeWeights, Scope, ScopeError, SplitOutliers, weight_sites
 from prequant.passes.lower import Lower
 from prequant.passes.scope import Pattern
+from prequant.trace import trace
 
 from ..models import traced
-from .support import tiny_embedding_program, tiny_mlp_program
+from .support import mlp_inputs, tiny_embedding_program, tiny_mlp_program
 
 BERT = "bert-masked-lm"
 
@@ -83,6 +84,24 @@ def test_a_weight_is_in_scope_if_any_of_its_uses_is() -> None:
     for pattern in ("type:Embedding", "head", "tokens", "head.weight"):
         inside, _ = Scope((pattern,)).split(weight_sites(program))
         assert [site.name for site in inside] == ["tokens.weight"], pattern
+
+
+def test_a_weight_goes_by_its_own_name_and_by_the_module_that_uses_it() -> None:
+    class User(nn.Module):
+        def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+            return nn.functional.linear(x, weight)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.store, self.plain, self.user = nn.Linear(8, 8), nn.Linear(8, 8), User()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.user(self.plain(x), self.store.weight)
+
+    sites = weight_sites(trace(Model().eval(), mlp_inputs()))
+    for pattern in ("store.weight", "store", "user", "type:User"):
+        assert [site.name for site in Scope((pattern,)).split(sites)[0]] == ["store.weight"], pattern
 
 
 def test_nodes_go_by_their_name_and_module() -> None:

@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -103,7 +103,7 @@ def test_outliers_train_in_float32(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["delta", "replace"])
-def test_reset_outliers_start_at_the_quantized_value(mode: str) -> None:
+def test_reset_outliers_start_at_the_quantized_value(mode: Literal["delta", "replace"]) -> None:
     program = Pipeline([SplitOutliers(ratio=0.1, mode=mode), QuantizeWeights(bits=3)])(tiny_mlp_program())
     reset = Train(outliers=True, reset_outliers=True)(program)
     for site, original in zip(weight_sites(reset), weight_sites(program), strict=True):
