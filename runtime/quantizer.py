@@ -71,7 +71,8 @@ class Quantizer:
         weight: Tensor, scale: Tensor, offset: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """The weight a few rows after the others, with their scales and offsets: rounding takes several copies of
-        it."""
+        it.
+        """
         step = max(1, ROUNDED_AT_ONCE // weight.shape[1])
         for start in range(0, weight.shape[0], step):
             rows = slice(start, start + step)

@@ -34,6 +34,7 @@ def replacing(folder: Path, replaced: Callable[[str], bool]) -> Iterator[Path]:
     try:
         staging.chmod(_folder_mode(folder))
         yield staging
+        _share(staging)
         if folder.is_dir():
             _keep_others(folder, staging, replaced)
         _flush(staging)
@@ -70,11 +71,20 @@ def check_writable(folder: Path) -> None:
 
 
 def _folder_mode(folder: Path) -> int:
-    if folder.is_dir():
-        return folder.stat().st_mode & 0o7777
+    return folder.stat().st_mode & 0o7777 if folder.is_dir() else 0o777 & ~_umask()
+
+
+def _umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
-    return 0o777 & ~umask
+    return umask
+
+
+def _share(staging: Path) -> None:
+    """Give new files the usual mode: safetensors makes ones that none but their owner can read."""
+    for path in staging.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~_umask())
 
 
 def _keep_others(old: Path, new: Path, replaced: Callable[[str], bool]) -> None:

@@ -1,0 +1,59 @@
+"""prequant opt: run any pipeline over a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options
+from .app import command, show
+
+
+@command("opt", "Run any pipeline of passes over a model.")
+def opt(
+    model: options.Model,
+    pipeline: Annotated[
+        str, typer.Option(help="Passes in text form, or the name of a YAML or JSON file that lists them.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write; without it, only the reports are shown.")
+    ] = None,
+    dump: Annotated[
+        Path | None, typer.Option(help="Write the graph before and after every pass, and the difference, here.")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the graph after every pass.")] = True,
+    timing: Annotated[bool, typer.Option("--timing", help="Show seconds and memory per pass.")] = False,
+    damage: Annotated[
+        bool, typer.Option("--damage", help="Show how far the outputs are from the original's after each pass.")
+    ] = False,
+    reports: Annotated[
+        bool, typer.Option("--reports/--no-reports", help="Show what each pass changed and kept.")
+    ] = True,
+) -> None:
+    """Trace MODEL (or load a folder that prequant saved), run a pipeline, and save the result."""
+    from prequant.checkpoint.atomic import check_writable
+    from prequant.opt import save_with_errors
+    from prequant.passes import Damage, Dump, Observer, Pipeline, Timing, Verify
+    from prequant.passes.config import FILE_TYPES
+    from prequant.sources import example_inputs_of, find_tokenizer, load_program
+
+    steps = Pipeline.load(pipeline) if pipeline.lower().endswith(FILE_TYPES) else Pipeline.parse(pipeline)
+    if out is not None:
+        check_writable(out)
+    program, tokenizer = load_program(model), find_tokenizer(model)
+    measured: list[Timing | Damage] = [
+        *([Timing()] if timing else []),
+        *([Damage(example_inputs_of(program, tokenizer))] if damage else []),
+    ]
+    watching: list[Observer] = [*([Verify()] if verify else []), *([Dump(dump)] if dump else []), *measured]
+    result = steps(program, watching)
+    if reports:
+        for report in result.reports[len(program.reports) :]:
+            show(report.table(brief=True))
+    for observer in measured:
+        show(observer.table())
+    if out is not None:
+        save_with_errors(result, program, model, out, tokenizer, {"pipeline": str(steps)})
+        show(f"saved to {out}")

@@ -1,0 +1,37 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub name.", show_default=False)]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that prequant saved.")]
+Out = Annotated[Path, typer.Option("--out", help="The folder to write.")]
+TaskName = Annotated[str, typer.Option("--task", help="The task, such as sst2.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="A folder with train.* and validation.* (parquet, csv, tsv, json lines), one file with a 'split' column, "
+        "or 'sample' for the sentences that prequant ships. Without it, the hub's data set.",
+    ),
+]
+Epochs = Annotated[float, typer.Option(help="Passes over the training set.")]
+BatchSize = Annotated[int, typer.Option(help="Examples per step.", min=1)]
+LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="the method's own")]
+ScaleLearningRate = Annotated[
+    float | None,
+    typer.Option(
+        help="Peak learning rate of scales, zero points and alphas.", show_default="a tenth of --learning-rate"
+    ),
+]
+HeadLearningRate = Annotated[
+    float | None, typer.Option(help="Peak learning rate of the task head.", show_default="--learning-rate")
+]
+MaxSteps = Annotated[int, typer.Option(help="Stop after so many steps; -1 for all epochs.")]
+MaxLength = Annotated[int, typer.Option(help="Cut texts to so many tokens.")]
+Seed = Annotated[int, typer.Option(help="Seed of head, order and dropout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]

@@ -1,0 +1,198 @@
+"""The main job: a model and a task in, a compressed folder and an honest comparison out."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import tempfile
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+
+from prequant.checkpoint import load, save
+from prequant.checkpoint.atomic import check_writable, replacing
+from prequant.checkpoint.folder import is_ours
+from prequant.evaluation import evaluate
+from prequant.inspection import weight_rows
+from prequant.measure import installed_versions, median_seconds, weight_bytes
+from prequant.quiet import no_progress_bars
+from prequant.recipes import Recipe
+from prequant.report import LATENCY_BATCH, CompressionReport, ModelFigures
+from prequant.report_file import write_report
+from prequant.sources import (
+    SourceError,
+    canonical_program,
+    check_length,
+    head_parameters,
+    load_classifier,
+    load_tokenizer,
+)
+from prequant.tasks import Task, encode, load_task_data
+from prequant.training import TrainingResult, TrainingSettings, finetune
+
+__all__ = ["GIVEN", "NONE", "TRAIN", "CompressionReport", "ModelFigures", "compress", "default_baseline_training"]
+
+TRAIN, GIVEN, NONE = "train", "given", "none"
+"""What the compressed model is compared with: the model fine-tuned with the same budget, the model as it was given, or
+nothing.
+"""
+
+
+@dataclass(frozen=True)
+class _Workbench:
+    """What every step of one job needs."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset
+    validation: Dataset
+    progress: bool
+
+    def figures(
+        self, model: nn.Module, folder: Path, parameters: int, training: TrainingResult | None, trained: int
+    ) -> ModelFigures:
+        """Score, time and weigh a model that has been saved to ``folder``."""
+        score = evaluate(model, self.task, self.validation, self.tokenizer, progress=self.progress)
+        rows = [self.validation[i] for i in range(min(LATENCY_BATCH, len(self.validation)))]
+        batch = DataCollatorWithPadding(self.tokenizer)(rows)
+        batch.pop("labels")
+        with torch.inference_mode():
+            latency = median_seconds(lambda: model(**batch), repeats=10)
+        return ModelFigures(score.metric, weight_bytes(folder), parameters, trained, latency, training)
+
+
+def compress(
+    source: str | Path,
+    recipe: Recipe,
+    task: Task,
+    data: str | Path | None,
+    out: str | Path,
+    *,
+    baseline: str = TRAIN,
+    baseline_training: TrainingSettings | None = None,
+    max_length: int = 128,
+    progress: bool = True,
+) -> CompressionReport:
+    """Compress the model ``source`` (a folder or hub name) for ``task`` by ``recipe``, measure it, and save it to
+    ``out``.
+
+    ``data`` as in :func:`prequant.tasks.load_task_data`. ``baseline``: ``"train"`` fine-tunes the float model on the
+    same data, from the same head, with ``baseline_training`` (default: the recipe's epochs, batch size and seed with
+    ``TrainingSettings``' learning rate); ``"given"`` takes it as it is; ``"none"`` compares with nothing; a path is a
+    model fine-tuned before. Figures of the compressed model are those of the saved folder, loaded again. Its
+    ``prequant-report.json`` has every figure, setting and version; model and report appear in ``out`` together, after
+    all is measured, or not at all. Raises :class:`PrequantError` for input that can't be used, before anything trains.
+    """
+    with nullcontext() if progress else no_progress_bars():
+        return _compress(source, recipe, task, data, Path(out), baseline, baseline_training, max_length, progress)
+
+
+def _compress(
+    source: str | Path,
+    recipe: Recipe,
+    task: Task,
+    data: str | Path | None,
+    out: Path,
+    baseline: str,
+    baseline_training: TrainingSettings | None,
+    max_length: int,
+    progress: bool,
+) -> CompressionReport:
+    check_writable(out)
+    tokenizer = load_tokenizer(source)
+    model, fresh = load_classifier(source, task, recipe.training.seed, tokenizer)
+    head = head_parameters(model)
+    check_length(model.config, max_length)
+    if fresh and (baseline == GIVEN or not recipe.trains):
+        advice = "compare with 'train'" if recipe.trains else "fine-tune it first, as nothing is to train here"
+        raise SourceError(f"{source} has no head for {task.name}: {', '.join(fresh)} are missing; {advice}")
+    rows = load_task_data(task, data)
+    train, validation = (
+        encode(rows[split], task, tokenizer, max_length, progress) for split in ("train", "validation")
+    )
+    bench = _Workbench(task, tokenizer, train, validation, progress)
+    parameters = sum(p.numel() for p in model.parameters())
+    original = canonical_program(model, tokenizer)
+    # Before the baseline trains: what does not fit the model is refused here.
+    program = recipe.prepare(original, head)(original)
+    training = baseline_training or default_baseline_training(recipe.training)
+    compared = _baseline(model, baseline, training, bench, parameters)
+
+    result, trained = None, 0
+    if recipe.trains:
+        trained = sum(p.numel() for p in program.parameters() if p.requires_grad)
+        result = finetune(program, bench.train, tokenizer, recipe.training, head, progress)
+    program = recipe.finish()(program)
+    with replacing(out, is_ours) as staging:
+        save(program, staging, tokenizer)
+        saved = load(staging)
+        report = CompressionReport(
+            metric_name=task.metric_name,
+            examples=len(bench.validation),
+            baseline=compared,
+            compressed=bench.figures(saved, staging, parameters, result, trained),
+            weights=weight_rows(saved, original),
+            settings={
+                "model": str(source),
+                "task": task.name,
+                "data": str(data) if data is not None else "/".join(task.hub),
+                "examples": {name: len(split) for name, split in rows.items()},
+                "max_length": max_length,
+                "recipe": recipe.settings(),
+                "baseline": baseline,
+                "baseline_training": asdict(training) if baseline == TRAIN else None,
+                "seed": recipe.training.seed,
+                **_machine(),
+            },
+            passes=[item.to_dict() for item in program.reports],
+        )
+        write_report(staging, report.to_json())
+    return report
+
+
+def default_baseline_training(training: TrainingSettings) -> TrainingSettings:
+    """The same budget, order of examples and seed, with the learning rates that fine-tuning a whole model takes."""
+    usual = TrainingSettings()
+    return TrainingSettings(
+        epochs=training.epochs,
+        batch_size=training.batch_size,
+        max_steps=training.max_steps,
+        seed=training.seed,
+        warmup=training.warmup,
+        max_grad_norm=training.max_grad_norm,
+        learning_rate=usual.learning_rate,
+        weight_decay=usual.weight_decay,
+    )
+
+
+def _baseline(
+    model: PreTrainedModel, kind: str, training: TrainingSettings, bench: _Workbench, parameters: int
+) -> ModelFigures | None:
+    if kind == NONE:
+        return None
+    result, trained = None, 0
+    if kind == TRAIN:
+        compared = copy.deepcopy(model)
+        result = finetune(compared, bench.train, bench.tokenizer, training, head_parameters(model), bench.progress)
+        trained = parameters
+    elif kind == GIVEN:
+        compared = model
+    else:
+        compared, fresh = load_classifier(kind, bench.task, training.seed, bench.tokenizer)
+        if fresh:
+            raise SourceError(f"the baseline {kind} has no head for {bench.task.name}: {', '.join(fresh)} are missing")
+        parameters = sum(p.numel() for p in compared.parameters())
+    with tempfile.TemporaryDirectory() as scratch, no_progress_bars():
+        compared.save_pretrained(scratch)
+        return bench.figures(compared, Path(scratch), parameters, result, trained)
+
+
+def _machine() -> Mapping[str, Any]:
+    return {"threads": torch.get_num_threads(), "machine": platform.machine(), "versions": installed_versions()}

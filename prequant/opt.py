@@ -1,0 +1,57 @@
+"""Saving what a pipeline made of a model, with the errors of its weights for ``inspect`` to show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from prequant.checkpoint import save
+from prequant.checkpoint.atomic import replacing
+from prequant.checkpoint.folder import is_ours
+from prequant.inspection import rows_to_json, weight_rows
+from prequant.measure import installed_versions
+from prequant.passes import Canonicalize, Program, weights
+from prequant.report_file import recorded_errors, write_report
+from prequant.sources import is_compressed
+
+
+def save_with_errors(
+    program: Program,
+    original: Program,
+    source: str | Path,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: Mapping[str, Any],
+) -> None:
+    """Save ``program``, and beside it a report: the error of each weight, what the passes did, settings.
+
+    Errors are measured against ``original``, which ``source`` holds. Where that is compressed itself, what was recorded
+    beside it stands for the weights that are still the same; of others it is not known.
+    """
+    original = Canonicalize()(original)
+    if all(view.tensors.keys() == {"dense"} for view in weights(original)):
+        rows = weight_rows(program, original)
+    else:
+        known = (recorded_errors(Path(source)) or {}) if is_compressed(source) else {}
+        before = {view.name: view.value() for view in weights(original) if view.name in known}
+        same = [
+            view.name for view in weights(program) if view.name in before and _equal(view.value(), before[view.name])
+        ]
+        rows = weight_rows(program, recorded={name: known[name] for name in same})
+    content = {
+        "weights": rows_to_json(rows),
+        "passes": [report.to_dict() for report in program.reports],
+        "settings": {"model": str(source), **settings, "versions": installed_versions()},
+    }
+    with replacing(folder, is_ours) as staging:
+        save(program, staging, tokenizer)
+        write_report(staging, content)
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and bool(torch.equal(first, second))

@@ -1,0 +1,21 @@
+"""One file per paper's method."""
+
+from collections.abc import Mapping
+
+from prequant.passes.options import near_misses
+from prequant.runtime import PrequantError
+
+from .base import Recipe
+from .prequant import PreQuant
+
+RECIPES: Mapping[str, type[Recipe]] = {kind.name: kind for kind in (PreQuant,)}
+
+
+def recipe_type(name: str) -> type[Recipe]:
+    """The recipe of that name. Raises :class:`PrequantError` with near misses if there is none."""
+    if name not in RECIPES:
+        raise PrequantError(f"there is no recipe {name!r}{near_misses(name, RECIPES)}")
+    return RECIPES[name]
+
+
+__all__ = ["RECIPES", "PreQuant", "Recipe", "recipe_type"]

@@ -1,0 +1,50 @@
+"""What a recipe is: one paper's method as data, the passes it runs and the training it asks for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+from prequant.passes import OptionError, Pipeline, Program
+from prequant.passes.options import fit, options_of
+from prequant.training import TrainingSettings
+
+
+@dataclass(frozen=True)
+class Recipe(ABC):
+    """A method. Fields are the paper's hyper-parameters; ``name`` is what the command line calls it.
+
+    As with passes, values are checked against the fields' types and brought into them (``"row"`` into its enum); a
+    recipe that checks more calls ``super().__post_init__()`` first.
+    """
+
+    name: ClassVar[str] = ""
+
+    training: TrainingSettings = field(default_factory=TrainingSettings, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Raises :class:`OptionError` for a value of another type."""
+        for option in options_of(type(self)):
+            try:
+                value = fit(getattr(self, option.name), option.type)
+            except OptionError as error:
+                raise OptionError(f"option {option.name!r} of recipe {self.name!r}: {error}") from error
+            object.__setattr__(self, option.name, value)
+
+    @abstractmethod
+    def prepare(self, program: Program, head: tuple[str, ...]) -> Pipeline:
+        """Passes to run on ``program`` before the training; ``head`` names the parameters of the task head."""
+
+    @abstractmethod
+    def finish(self) -> Pipeline:
+        """Passes that run after the training."""
+
+    @property
+    @abstractmethod
+    def trains(self) -> bool:
+        """Whether there is anything to train."""
+
+    def settings(self) -> dict[str, Any]:
+        """Name and every field."""
+        return {"recipe": self.name, **asdict(self)}

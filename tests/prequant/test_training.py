@@ -1,0 +1,306 @@
+import copy
+import gc
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DataCollatorWithPadding
+
+from prequant import training
+from prequant.measure import PeakMemory, tensor_bytes
+from prequant.passes import Pipeline, Program, QuantizeWeights, SplitOutliers, Train, lower
+from prequant.recipes import PreQuant
+from prequant.runtime import PrequantError
+from prequant.sources import canonical_program, head_parameters
+from prequant.training import TrainingError, TrainingSettings, finetune, parameter_groups
+
+from .tiny import encoded, make_model, make_tokenizer
+
+QUICK = TrainingSettings(epochs=2, batch_size=8, learning_rate=1e-2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(reproducible: None) -> None:
+    torch.set_num_threads(1)
+
+
+def program_of(model: Any, **options: Any) -> Program:
+    """The model after stage 1 of PreQuant."""
+    original = canonical_program(model, make_tokenizer())
+    return PreQuant(**options).prepare(original, head_parameters(model))(original)
+
+
+def run(model: nn.Module, settings: TrainingSettings = QUICK, **options: Any) -> training.TrainingResult:
+    return finetune(model, encoded(), make_tokenizer(), settings, progress=False, **options)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---- what it computes ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[list[int]]]]:
+    """The token ids of every batch, without padding, as the collator gets them."""
+    batches: list[list[list[int]]] = []
+
+    class Spy(DataCollatorWithPadding):
+        def __call__(self, features: list[dict[str, Any]]) -> Any:
+            batches.append([list(row["input_ids"]) for row in features])
+            return super().__call__(features)
+
+    monkeypatch.setattr(training, "DataCollatorWithPadding", Spy)
+    yield batches
+
+
+def test_training_is_adamw_with_warmup_clipping_and_decay_as_the_settings_say(seen: list[list[list[int]]]) -> None:
+    """Against a loop written out here, over the batches that were seen; without dropout, there is no chance in it."""
+    settings = TrainingSettings(
+        epochs=2,
+        batch_size=5,
+        learning_rate=3e-3,
+        head_learning_rate=7e-3,
+        weight_decay=0.1,
+        warmup=0.3,
+        max_grad_norm=0.5,
+    )
+    model = make_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    ours = copy.deepcopy(model)
+    result = run(ours, settings, head=("classifier.weight", "classifier.bias"))
+
+    rows, tokenizer = encoded(), make_tokenizer()
+    labels = {tuple(row["input_ids"]): row["labels"] for row in rows}
+    plain = [n for n, _ in model.named_parameters() if n.endswith("bias") or "LayerNorm" in n]
+    names = {name: p for name, p in model.named_parameters()}
+    groups = [
+        {
+            "params": [p],
+            "lr": 7e-3 if name.startswith("classifier") else 3e-3,
+            "weight_decay": 0.0 if name in plain else 0.1,
+        }
+        for name, p in names.items()
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    steps = 2 * math.ceil(len(rows) / 5)
+    assert result.steps == len(seen) == steps
+    losses = []
+    for step, batch in enumerate(seen):
+        warmup = math.ceil(0.3 * steps)
+        factor = step / warmup if step < warmup else (steps - step) / (steps - warmup)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * factor
+        inputs = tokenizer.pad({"input_ids": batch}, return_tensors="pt")
+        model.train()
+        loss = model(**inputs, labels=torch.tensor([labels[tuple(ids)] for ids in batch])).loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        losses.append(loss.item())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter, names[name], rtol=1e-5, atol=1e-6)
+    assert result.loss == pytest.approx(sum(losses) / steps, rel=1e-5)
+
+
+def test_an_eager_model_and_a_program_see_the_same_batches_in_the_same_order(seen: list[list[list[int]]]) -> None:
+    run(make_model())
+    eager = list(seen)
+    seen.clear()
+    run(program_of(make_model()))
+    assert seen == eager and len(seen) == 6
+    for epoch in (seen[:3], seen[3:]):
+        assert sorted(ids for batch in epoch for ids in batch) == sorted(map(list, encoded()["input_ids"]))
+    assert seen[:3] != seen[3:]
+    seen.clear()
+    run(make_model(), TrainingSettings(epochs=2, batch_size=8, seed=7))
+    assert seen != eager
+
+
+@pytest.mark.parametrize("kind", ["eager", "program"])
+def test_a_seed_gives_the_same_weights_whatever_ran_before(kind: str) -> None:
+    def trained(seed: int) -> dict[str, Tensor]:
+        model = make_model() if kind == "eager" else program_of(make_model())
+        run(model, TrainingSettings(epochs=1, batch_size=8, learning_rate=1e-2, seed=seed))
+        return state(model)
+
+    first = trained(1)
+    torch.rand(1000)
+    other = trained(2)
+    torch.manual_seed(99)
+    assert same(first, trained(1))
+    assert not same(first, other)
+
+
+def test_steps_are_epochs_or_as_many_as_asked() -> None:
+    assert run(make_model(), TrainingSettings(epochs=1.5, batch_size=10)).steps == math.ceil(1.5 * 3)
+    assert run(make_model(), TrainingSettings(epochs=9, batch_size=10, max_steps=2)).steps == 2
+
+
+# ---- what it leaves alone --------------------------------------------------------------------------------------------
+
+
+def test_training_a_program_changes_only_what_trains_and_no_tensor_it_shares() -> None:
+    model = make_model()
+    original = canonical_program(model, make_tokenizer())
+    before = state(model)
+    program = PreQuant().prepare(original, head_parameters(model))(original)
+    untrained = state(program)
+    run(program)
+    assert same(before, state(model)) and same(state(original), before | state(original))
+    trainable = {name for name, p in program.named_parameters() if p.requires_grad}
+    changed = {name for name, value in state(program).items() if not torch.equal(value, untrained[name])}
+    assert changed == trainable
+    assert {name.rpartition(".")[2] for name in untrained.keys() - trainable} >= {"codes", "scale", "columns"}
+
+
+def test_the_configuration_is_as_before_and_the_model_evaluates() -> None:
+    models: list[Any] = [make_model(), make_model("GPT2", pad_token_id=0), program_of(make_model())]
+    for model in models:
+        model.train()
+        before = model.config.to_dict()
+        run(model, TrainingSettings(max_steps=1))
+        assert model.config.to_dict() == before
+        assert not model.training
+        inputs = make_tokenizer()(["a fine day"], return_tensors="pt")
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_nothing_is_printed_but_the_bar(progress: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    finetune(make_model(), encoded(), make_tokenizer(), TrainingSettings(max_steps=2), progress=progress)
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert ("2/2" in printed.err) == progress
+    assert "loss" not in printed.err and (progress or printed.err == "")
+
+
+def test_a_model_without_anything_to_train_is_refused() -> None:
+    model = make_model().requires_grad_(False)
+    with pytest.raises(TrainingError, match="nothing to train: no parameter requires a gradient"):
+        run(model)
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 0.0),
+        ("epochs", math.inf),
+        ("batch_size", 0),
+        ("learning_rate", 0.0),
+        ("learning_rate", math.nan),
+        ("head_learning_rate", -1e-3),
+        ("scale_learning_rate", 0.0),
+        ("weight_decay", -0.1),
+        ("warmup", 1.0),
+        ("warmup", -0.1),
+        ("max_grad_norm", 0.0),
+        ("max_steps", 0),
+        ("max_steps", -2),
+        ("seed", -1),
+        ("seed", 2**32),
+    ],
+)
+def test_values_out_of_range_are_named(name: str, value: float) -> None:
+    with pytest.raises(TrainingError, match=f"^{name}={value}: expected ") as caught:
+        TrainingSettings(**{name: value})  # type: ignore[arg-type]
+    assert isinstance(caught.value, PrequantError)
+
+
+def grouped(model: nn.Module, **options: Any) -> dict[str, tuple[float, float]]:
+    settings = TrainingSettings(learning_rate=0.1, weight_decay=0.5, head_learning_rate=0.2)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model, settings, **options)
+    return {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+
+
+def test_decay_acts_on_an_eager_models_matrices_and_the_heads_rate_on_the_head() -> None:
+    model = make_model()
+    found = grouped(model, head=("classifier.weight", "classifier.bias"))
+    assert found.keys() == {name for name, _ in model.named_parameters()}
+    for name, (rate, decay) in found.items():
+        assert rate == (0.2 if name.startswith("classifier.") else 0.1), name
+        assert decay == (0.0 if "bias" in name or "LayerNorm" in name else 0.5), name
+    assert found["bert.embeddings.word_embeddings.weight"] == (0.1, 0.5)
+
+
+def test_decay_spares_the_parts_of_compressed_weights_and_acts_on_latent_ones() -> None:
+    original = canonical_program(make_model(), make_tokenizer())
+    coded = Pipeline(
+        [
+            SplitOutliers(ratio=0.01, exclude=("classifier*",)),
+            QuantizeWeights(symmetric=False, exclude=("classifier*", "*pooler*")),
+            QuantizeWeights(latent=True, include=("*pooler*",)),
+            Train(outliers=True, scales=True, zero_points=True, latents=True, layer_norms=True, head=("classifier.*",)),
+        ]
+    )(original)
+    for program in (coded, lower(coded)):
+        found = grouped(program)
+        slow = {name for name, (rate, _) in found.items() if rate == 0.1 / 10}
+        assert slow == {name for name in found if name.endswith((".scale", ".zero_point"))} != set()
+        decayed = {name for name, (_, decay) in found.items() if decay}
+        assert decayed == {"bert.pooler.dense.weight.latent", "classifier.weight"}
+        kinds = {name.rpartition(".")[2] for name in found}
+        assert kinds == {"values", "scale", "zero_point", "latent", "weight", "bias"}
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def wide() -> nn.Module:
+    """16 MB of embeddings. Gradients, AdamW's two moments and two temporaries of clipping and its step make it 96;
+    the allocator may round that by another 16.
+    """
+    return make_model(hidden_size=64, max_position_embeddings=60_000)
+
+
+def test_memory_of_a_training_is_weights_gradients_and_optimizer_in_any_order() -> None:
+    size = tensor_bytes(wide())
+    assert 16e6 < size < 18e6
+    settings = TrainingSettings(max_steps=2, batch_size=4)
+    peaks = []
+    for _ in range(3):
+        # What an earlier job leaves to the allocator must not hide what the next one takes.
+        litter = [torch.ones(2000) for _ in range(10_000)]
+        del litter[::2], litter
+        peaks.append(run(wide(), settings).peak_memory)
+    for peak in peaks:
+        assert 4.9 * size < peak < 7.4 * size, [round(p / size, 2) for p in peaks]
+
+
+def test_a_packed_program_trains_in_a_fraction_of_that() -> None:
+    model = wide()
+    peak = run(program_of(model), TrainingSettings(max_steps=2, batch_size=4)).peak_memory
+    assert peak < 1.5 * tensor_bytes(model)
+
+
+def test_peak_memory_sees_what_is_freed_again() -> None:
+    with PeakMemory() as memory:
+        block = torch.ones(10_000_000)
+        for _ in range(5):
+            block.add_(1)
+        del block
+    gc.collect()
+    assert 38e6 < memory.growth < 60e6
+    assert memory.bytes == memory.before + memory.growth
+
+
+def test_tensors_that_share_memory_count_once() -> None:
+    module = nn.Module()
+    module.first = nn.Parameter(torch.zeros(1000))
+    module.second = nn.Parameter(module.first.data[:10])
+    module.register_buffer("third", torch.zeros(7, dtype=torch.uint8))
+    assert tensor_bytes(module) == 4007
