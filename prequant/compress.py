@@ -17,7 +17,7 @@ from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from prequant.checkpoint import load, save
-from prequant.checkpoint.atomic import check_writable, replacing
+from prequant.checkpoint.atomic import replacing
 from prequant.checkpoint.folder import is_ours
 from prequant.evaluation import evaluate
 from prequant.inspection import weight_rows
@@ -30,6 +30,7 @@ from prequant.sources import (
     SourceError,
     canonical_program,
     check_length,
+    check_output,
     head_parameters,
     load_classifier,
     load_tokenizer,
@@ -105,7 +106,7 @@ def _compress(
     max_length: int,
     progress: bool,
 ) -> CompressionReport:
-    check_writable(out)
+    check_output(out, source, baseline)
     tokenizer = load_tokenizer(source)
     model, fresh = load_classifier(source, task, recipe.training.seed, tokenizer)
     head = head_parameters(model)
@@ -122,6 +123,8 @@ def _compress(
     original = canonical_program(model, tokenizer)
     # Before the baseline trains: what does not fit the model is refused here.
     program = recipe.prepare(original, head)(original)
+    if left := [name for name in fresh if not program.tensor(name).requires_grad]:
+        raise SourceError(f"{source} has no head for {task.name}: {', '.join(left)} are missing, and would not train")
     training = baseline_training or default_baseline_training(recipe.training)
     compared = _baseline(model, baseline, training, bench, parameters)
 

@@ -6,13 +6,13 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from prequant.checkpoint.atomic import check_writable, replacing
+from prequant.checkpoint.atomic import replacing
 from prequant.checkpoint.folder import is_ours
 from prequant.evaluation import Evaluation, evaluate
 from prequant.measure import installed_versions
 from prequant.quiet import no_progress_bars
 from prequant.report_file import write_report
-from prequant.sources import check_length, head_parameters, load_classifier, load_tokenizer
+from prequant.sources import check_length, check_output, head_parameters, load_classifier, load_tokenizer
 from prequant.tasks import Task, encode, load_task_data
 from prequant.training import TrainingSettings, finetune
 
@@ -34,7 +34,7 @@ def finetune_baseline(
     whole or not at all.
     """
     with nullcontext() if progress else no_progress_bars():
-        check_writable(Path(out))
+        check_output(Path(out), source)
         tokenizer = load_tokenizer(source)
         model, _ = load_classifier(source, task, training.seed, tokenizer)
         check_length(model.config, max_length)

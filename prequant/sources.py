@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from prequant.checkpoint import load
+from prequant.checkpoint.atomic import check_writable
 from prequant.losses import SEQUENCE_CLASSIFICATION, task_of
 from prequant.model import MODEL_CLASS, ModelProgram
 from prequant.passes import Canonicalize, Pipeline, Program
@@ -76,6 +77,17 @@ def _reading(source: str | Path, what: str) -> Iterator[None]:
         reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
         place = "" if local else " (no such folder here; taken for a name on the hub)"
         raise SourceError(f"{what} of {str(source)!r} can't be loaded{place}: {reason}") from error
+
+
+def check_output(out: Path, *sources: str | Path) -> None:
+    """Raise before any work if nothing could be saved to ``out``, or if it is one of the model folders that are read.
+
+    Raises :class:`SourceError` or :class:`CheckpointError`.
+    """
+    for source in sources:
+        if Path(source).is_dir() and out.exists() and out.samefile(source):
+            raise SourceError(f"{out} is the model that is read: it would be lost; name another folder to write")
+    check_writable(out)
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------

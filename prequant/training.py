@@ -195,12 +195,14 @@ def _untouched_config(model: nn.Module) -> Iterator[None]:
 def parameter_groups(model: nn.Module, settings: TrainingSettings, head: Iterable[str] = ()) -> list[dict[str, Any]]:
     """The trainable parameters as an optimizer takes them, by learning rate and weight decay.
 
-    Raises :class:`TrainingError` if there are none.
+    Raises :class:`TrainingError` if there are none, or the head names one that the model does not have.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise TrainingError("nothing to train: no parameter requires a gradient")
     of_head = frozenset(head)
+    if unknown := sorted(of_head - {name for name, _ in model.named_parameters()}):
+        raise TrainingError(f"the head's {unknown[0]!r} is no parameter of the model")
     usual = settings.learning_rate
     head_rate = usual if settings.head_learning_rate is None else settings.head_learning_rate
     scale_rate = usual / 10 if settings.scale_learning_rate is None else settings.scale_learning_rate

@@ -70,9 +70,7 @@ class Quantizer:
     def _row_parts(
         weight: Tensor, scale: Tensor, offset: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """The weight a few rows after the others, with their scales and offsets: rounding takes several copies of
-        it.
-        """
+        """The weight a few rows after the others, with their scales and offsets: rounding takes several copies."""
         step = max(1, ROUNDED_AT_ONCE // weight.shape[1])
         for start in range(0, weight.shape[0], step):
             rows = slice(start, start + step)

@@ -24,6 +24,9 @@ from .formats import WeightFormat
 TILE = 30_000
 """Weights handled at once: few enough for a core's cache, and for torch (under 32768) not to wake other threads."""
 
+ROUNDING = 1.5 * 2**23
+"""Added to a float32 of small magnitude, it leaves no bits for a fraction: the sum is rounded, ties to even."""
+
 ScaleAndZeroPoint = tuple[Tensor, Tensor | None]
 Strategy = Callable[[Tensor, WeightFormat], ScaleAndZeroPoint]
 
@@ -92,7 +95,8 @@ def usable_scale(scale: Tensor) -> Tensor:
 def _centred_codes(ratio: Tensor, zero_point: Tensor | None, format: WeightFormat) -> Tensor:
     """Nearest level to ``ratio = weights / scale``, in units of the scale, 0 being the zero point."""
     offset = format.implied_zero_point if zero_point is None else zero_point
-    return (ratio + offset).round_().clamp_(0, format.levels - 1).sub_(offset)
+    codes = (ratio + offset).clamp_(0, format.levels - 1)
+    return codes.add_(ROUNDING).sub_(ROUNDING).sub_(offset)  # torch.round wakes all threads from 2048 elements on
 
 
 def _squared_error(weights: Tensor, scale: Tensor, zero_point: Tensor | None, format: WeightFormat) -> Tensor:

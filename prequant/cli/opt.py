@@ -33,15 +33,14 @@ def opt(
     ] = True,
 ) -> None:
     """Trace MODEL (or load a folder that prequant saved), run a pipeline, and save the result."""
-    from prequant.checkpoint.atomic import check_writable
     from prequant.opt import save_with_errors
     from prequant.passes import Damage, Dump, Observer, Pipeline, Timing, Verify
     from prequant.passes.config import FILE_TYPES
-    from prequant.sources import example_inputs_of, find_tokenizer, load_program
+    from prequant.sources import check_output, example_inputs_of, find_tokenizer, is_compressed, load_program
 
     steps = Pipeline.load(pipeline) if pipeline.lower().endswith(FILE_TYPES) else Pipeline.parse(pipeline)
     if out is not None:
-        check_writable(out)
+        check_output(out, *(() if is_compressed(model) else (model,)))
     program, tokenizer = load_program(model), find_tokenizer(model)
     measured: list[Timing | Damage] = [
         *([Timing()] if timing else []),

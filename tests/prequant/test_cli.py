@@ -195,8 +195,10 @@ def test_opt_rewrites_any_model_and_inspect_knows_its_errors(tmp_path: Path, fam
         exact, close = original(**inputs)[0], program(**inputs)[0]
     assert close.shape == exact.shape and 0 < (exact - close).norm() < 0.5 * exact.norm()
     rows = json.loads(succeed("inspect", tmp_path / "out", "--json"))["weights"]
-    measured = json.loads(succeed("inspect", tmp_path / "out", "--json", "--against", source))["weights"]
-    assert rows == measured and all(5 < row["sqnr"] < 40 for row in rows)
+    assert all(5 < row["sqnr"] < 40 for row in rows)
+    if family == "GPT2":  # whose weights stand the other way round in the model
+        measured = succeed("inspect", tmp_path / "out", "--json", "--against", source)
+        assert json.loads(measured)["weights"] == rows
 
 
 def test_opt_takes_pipelines_from_files(encoder: Path, tmp_path: Path) -> None:
@@ -299,6 +301,8 @@ BAD: list[tuple[list[str], str]] = [
     ),
     ([*JOB, "--out", "{wrong}"], "is a file; a folder to save into belongs there"),
     ([*JOB, "--out", "{wrong}/below"], "can't be written: Not a directory"),
+    ([*JOB, "--out", "{encoder}"], "encoder is the model that is read: it would be lost"),
+    (["opt", "{encoder}", "--pipeline", "lower", "--out", "{encoder}"], "is the model that is read: it would be lost"),
     (["finetune", "{encoder}", *JOB[2:], "--out", "{wrong}"], "is a file; a folder to save into belongs there"),
     (["eval", "no/such/folder", "--task", "sst2"], "the model folder 'no/such/folder' does not exist"),
     (["eval", "{encoder}", "--task", "sst2"], "has no head for sst2"),
@@ -362,23 +366,21 @@ def test_a_path_with_brackets_is_no_markup(encoder: Path, tmp_path: Path) -> Non
 # ---- a process of its own --------------------------------------------------------------------------------------------
 
 
-def python(code: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+def test_a_pipe_gets_a_wide_listing_and_nothing_slow_is_imported_for_it(tmp_path: Path) -> None:
+    """But for what registering with transformers takes: the rest is left to the commands that use it."""
+    code = """
+import atexit, sys
+from prequant.cli import app
+slow = {"datasets", "pandas", "onnx", "transformers.trainer"} & sys.modules.keys()
+atexit.register(lambda: print(slow, file=sys.stderr))
+sys.argv = ["prequant", "passes"]
+app()
+"""
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     words = [sys.executable, "-c", code]
-    return subprocess.run(words, capture_output=True, text=True, check=True, env=environment, cwd=folder)
-
-
-def test_help_brings_no_more_along_than_it_needs(tmp_path: Path) -> None:
-    """But for what registering with transformers takes, what is slow to import is left to the commands that use it."""
-    code = (
-        "import sys, prequant.cli; print({'datasets', 'pandas', 'onnx', 'transformers.trainer'} & sys.modules.keys())"
-    )
-    assert python(code, tmp_path).stdout.strip() == "set()"
-
-
-def test_pipes_get_wide_tables_and_nothing_else(tmp_path: Path) -> None:
-    done = python("import sys; sys.argv = ['prequant', 'recipes']; from prequant.cli import app; app()", tmp_path)
-    assert done.stderr == "" and 100 < max(len(line.rstrip()) for line in done.stdout.splitlines()) <= 160
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
+    assert done.stderr.strip() == "set()"
+    assert 100 < max(len(line.rstrip()) for line in done.stdout.splitlines()) <= 160
     assert "\x1b" not in done.stdout
 
 

@@ -15,6 +15,7 @@ from prequant.sources import (
     SourceError,
     canonical_program,
     check_length,
+    check_output,
     example_inputs,
     example_inputs_of,
     find_tokenizer,
@@ -173,6 +174,16 @@ def test_a_text_that_is_longer_than_the_model_is_refused() -> None:
     check_length(config, config.max_position_embeddings)
     refuse("max_length=35: the model has 34 positions", check_length, config, 35)
     check_length(make_model("T5", "EncoderModel").config, 10**6)  # relative positions
+
+
+def test_a_model_that_is_read_is_not_written_over(encoder: Path, tmp_path: Path) -> None:
+    refuse("encoder is the model that is read: it would be lost", check_output, encoder, str(encoder))
+    (tmp_path / "link").symlink_to(encoder)
+    refuse("link is the model that is read: it would be lost", check_output, tmp_path / "link", "a-name", encoder)
+    check_output(tmp_path / "new", str(encoder))
+    with pytest.raises(PrequantError, match=r"config.json is a file"):
+        check_output(encoder / "config.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder", "link"]
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,4 @@
 import copy
-import gc
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
 from prequant import training
-from prequant.measure import PeakMemory, tensor_bytes
 from prequant.passes import Pipeline, Program, QuantizeWeights, SplitOutliers, Train, lower
 from prequant.recipes import PreQuant
 from prequant.runtime import PrequantError
@@ -227,6 +225,11 @@ def grouped(model: nn.Module, **options: Any) -> dict[str, tuple[float, float]]:
     return {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
 
 
+def test_a_head_that_is_not_there_is_named() -> None:
+    with pytest.raises(TrainingError, match=r"the head's 'score.weight' is no parameter of the model"):
+        parameter_groups(make_model(), QUICK, ("classifier.weight", "score.weight"))
+
+
 def test_decay_acts_on_an_eager_models_matrices_and_the_heads_rate_on_the_head() -> None:
     model = make_model()
     found = grouped(model, head=("classifier.weight", "classifier.bias"))
@@ -255,52 +258,3 @@ def test_decay_spares_the_parts_of_compressed_weights_and_acts_on_latent_ones() 
         assert decayed == {"bert.pooler.dense.weight.latent", "classifier.weight"}
         kinds = {name.rpartition(".")[2] for name in found}
         assert kinds == {"values", "scale", "zero_point", "latent", "weight", "bias"}
-
-
-# ---- memory ----------------------------------------------------------------------------------------------------------
-
-
-def wide() -> nn.Module:
-    """16 MB of embeddings. Gradients, AdamW's two moments and two temporaries of clipping and its step make it 96;
-    the allocator may round that by another 16.
-    """
-    return make_model(hidden_size=64, max_position_embeddings=60_000)
-
-
-def test_memory_of_a_training_is_weights_gradients_and_optimizer_in_any_order() -> None:
-    size = tensor_bytes(wide())
-    assert 16e6 < size < 18e6
-    settings = TrainingSettings(max_steps=2, batch_size=4)
-    peaks = []
-    for _ in range(3):
-        # What an earlier job leaves to the allocator must not hide what the next one takes.
-        litter = [torch.ones(2000) for _ in range(10_000)]
-        del litter[::2], litter
-        peaks.append(run(wide(), settings).peak_memory)
-    for peak in peaks:
-        assert 4.9 * size < peak < 7.4 * size, [round(p / size, 2) for p in peaks]
-
-
-def test_a_packed_program_trains_in_a_fraction_of_that() -> None:
-    model = wide()
-    peak = run(program_of(model), TrainingSettings(max_steps=2, batch_size=4)).peak_memory
-    assert peak < 1.5 * tensor_bytes(model)
-
-
-def test_peak_memory_sees_what_is_freed_again() -> None:
-    with PeakMemory() as memory:
-        block = torch.ones(10_000_000)
-        for _ in range(5):
-            block.add_(1)
-        del block
-    gc.collect()
-    assert 38e6 < memory.growth < 60e6
-    assert memory.bytes == memory.before + memory.growth
-
-
-def test_tensors_that_share_memory_count_once() -> None:
-    module = nn.Module()
-    module.first = nn.Parameter(torch.zeros(1000))
-    module.second = nn.Parameter(module.first.data[:10])
-    module.register_buffer("third", torch.zeros(7, dtype=torch.uint8))
-    assert tensor_bytes(module) == 4007

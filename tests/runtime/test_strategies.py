@@ -299,6 +299,17 @@ def test_rows_are_chosen_apart(name: str, text: str, monkeypatch: pytest.MonkeyP
         assert torch.equal(alone.scale, together.scale[row : row + 1])
 
 
+@pytest.mark.parametrize(
+    "text", ["affine4:row:asym", "affine3:group32", "affine4:tensor:asym", "ternary:group32", "binary:row"]
+)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_rounding_a_few_rows_at_a_time_changes_nothing(text: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, quantizer = torch.randn(rows, 70), Quantizer(WeightFormat.parse(text))
+    whole = quantizer(weight)
+    monkeypatch.setattr("prequant.runtime.quantizer.ROUNDED_AT_ONCE", 140)
+    assert torch.equal(quantizer(weight).codes, whole.codes)
+
+
 # ---- by name ---------------------------------------------------------------------------------------------------------
 
 
