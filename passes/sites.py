@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from prequant.runtime import Outliers, PrequantError, ops
+from prequant.runtime import Outliers, PrequantError, ops, reference
 
 from .program import Program, attribute_node
 
@@ -229,7 +229,11 @@ def _evaluate(program: Program, value: Any) -> Any:
         return value
     if value.op == "get_attr":
         return program.tensor(str(value.target))
-    return value.target(*(_evaluate(program, arg) for arg in value.args), **value.kwargs)  # type: ignore[operator]
+    arguments = [_evaluate(program, arg) for arg in value.args]
+    if value.target is ops.add_outliers and value.all_input_nodes[0].op != "get_attr":
+        # Into the dense weight itself: it was made a moment ago, and nobody else has it.
+        return reference.add_outliers_(arguments[0], Outliers(*arguments[1:4], bool(value.kwargs["replace"])))
+    return value.target(*arguments, **value.kwargs)  # type: ignore[operator]
 
 
 # ---- finding --------------------------------------------------------------------------------------------------------

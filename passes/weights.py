@@ -57,10 +57,11 @@ class WeightView:
             )
         else:
             dense = parts["dense"]
+        add = reference.add_outliers if "dense" in parts else reference.add_outliers_
         if OUTLIER_PREFIX + "values" not in parts:
             return dense
         values, columns, offsets = (parts[OUTLIER_PREFIX + part] for part in ("values", "columns", "row_offsets"))
-        return reference.add_outliers(dense, Outliers(values, columns, offsets, self.outliers_replace))
+        return add(dense, Outliers(values, columns, offsets, self.outliers_replace))
 
 
 def weights(program: Program) -> list[WeightView]:

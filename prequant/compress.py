@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +57,32 @@ class _Workbench:
     validation: Dataset
     progress: bool
 
-    def figures(
-        self, model: nn.Module, folder: Path, parameters: int, training: TrainingResult | None, trained: int
-    ) -> ModelFigures:
-        """Score, time and weigh a model that has been saved to ``folder``."""
-        score = evaluate(model, self.task, self.validation, self.tokenizer, progress=self.progress)
+    def score(self, model: nn.Module) -> float:
+        """The task's metric on the validation set."""
+        return evaluate(model, self.task, self.validation, self.tokenizer, progress=self.progress).metric
+
+    def latencies(self, models: Sequence[nn.Module]) -> list[float]:
+        """Seconds for one batch, each model's, measured in turns."""
         rows = [self.validation[i] for i in range(min(LATENCY_BATCH, len(self.validation)))]
         batch = DataCollatorWithPadding(self.tokenizer)(rows)
         batch.pop("labels")
         with torch.inference_mode():
-            latency = median_seconds(lambda: model(**batch), repeats=10)
-        return ModelFigures(score.metric, weight_bytes(folder), parameters, trained, latency, training)
+            return median_seconds([partial(model, **batch) for model in models])
+
+
+@dataclass(frozen=True)
+class _Contestant:
+    """A model of the comparison, with all of its figures but the latency: that is measured for both together."""
+
+    model: nn.Module
+    metric: float
+    bytes_on_disk: int
+    parameters: int
+    trainable: int
+    training: TrainingResult | None
+
+    def figures(self, latency: float) -> ModelFigures:
+        return ModelFigures(self.metric, self.bytes_on_disk, self.parameters, self.trainable, latency, self.training)
 
 
 def compress(
@@ -136,11 +152,15 @@ def _compress(
     with replacing(out, is_ours) as staging:
         save(program, staging, tokenizer)
         saved = load(staging)
+        ours = _Contestant(saved, bench.score(saved), weight_bytes(staging), parameters, trained, result)
+        contestants = [item for item in (compared, ours) if item is not None]
+        latencies = bench.latencies([item.model for item in contestants])
+        figures = [item.figures(latency) for item, latency in zip(contestants, latencies, strict=True)]
         report = CompressionReport(
             metric_name=task.metric_name,
             examples=len(bench.validation),
-            baseline=compared,
-            compressed=bench.figures(saved, staging, parameters, result, trained),
+            baseline=figures[0] if compared is not None else None,
+            compressed=figures[-1],
             weights=weight_rows(saved, original),
             settings={
                 "model": str(source),
@@ -177,7 +197,7 @@ def default_baseline_training(training: TrainingSettings) -> TrainingSettings:
 
 def _baseline(
     model: PreTrainedModel, kind: str, training: TrainingSettings, bench: _Workbench, parameters: int
-) -> ModelFigures | None:
+) -> _Contestant | None:
     if kind == NONE:
         return None
     result, trained = None, 0
@@ -194,7 +214,8 @@ def _baseline(
         parameters = sum(p.numel() for p in compared.parameters())
     with tempfile.TemporaryDirectory() as scratch, no_progress_bars():
         compared.save_pretrained(scratch)
-        return bench.figures(compared, Path(scratch), parameters, result, trained)
+        size = weight_bytes(Path(scratch))
+    return _Contestant(compared, bench.score(compared), size, parameters, trained, result)
 
 
 def _machine() -> Mapping[str, Any]:

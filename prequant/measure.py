@@ -11,7 +11,7 @@ import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from enum import Enum
 from importlib.metadata import version
@@ -83,16 +83,19 @@ def tensor_bytes(model: nn.Module) -> int:
     return sum(storages.values())
 
 
-def median_seconds(call: Callable[[], object], repeats: int = 20, warmup: int = 3) -> float:
-    """Median wall seconds of ``call``, after ``warmup`` calls that don't count."""
-    for _ in range(warmup):
-        call()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+def median_seconds(calls: Sequence[Callable[[], object]], repeats: int = 20, warmup: int = 3) -> list[float]:
+    """Median wall seconds of each of ``calls``, after ``warmup`` rounds that don't count.
+
+    They take turns, so that whatever else the machine does in the meantime slows them all.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    for turn in range(warmup + repeats):
+        for call, seconds in zip(calls, times, strict=True):
+            started = time.perf_counter()
+            call()
+            if turn >= warmup:
+                seconds.append(time.perf_counter() - started)
+    return [statistics.median(seconds) for seconds in times]
 
 
 def weight_bytes(folder: Path) -> int:

@@ -14,12 +14,14 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import PrequantError
 from .formats import WeightFormat
+from .threads import parallel_map
 
 TILE = 30_000
 """Weights handled at once: few enough for a core's cache, and for torch (under 32768) not to wake other threads."""
@@ -101,12 +103,17 @@ def _centred_codes(ratio: Tensor, zero_point: Tensor | None, format: WeightForma
 
 def _squared_error(weights: Tensor, scale: Tensor, zero_point: Tensor | None, format: WeightFormat) -> Tensor:
     """What rounding costs each row, ``[scales, 1]``."""
-    error = torch.zeros_like(scale)
-    for tile in weights.split(max(1, TILE // weights.shape[0]), 1):
+    tiles = weights.split(max(1, TILE // weights.shape[0]), 1)
+    offset = format.implied_zero_point if zero_point is None else zero_point
+    low: Any = -offset
+    high: Any = format.levels - 1 - offset
+
+    def error(tile: Tensor) -> Tensor:
         ratio = tile / scale
-        residual = _centred_codes(ratio, zero_point, format).sub_(ratio)
-        error += torch.linalg.vector_norm(residual, dim=1, keepdim=True).square_()
-    return error * scale.square()
+        nearest = ratio.clamp(low, high).add_(ROUNDING).sub_(ROUNDING)
+        return torch.linalg.vector_norm(nearest.sub_(ratio), dim=1, keepdim=True).square_()
+
+    return torch.stack(parallel_map(error, tiles)).sum(0) * scale.square()
 
 
 # ---- strategies ------------------------------------------------------------------------------------------------------

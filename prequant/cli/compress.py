@@ -57,6 +57,7 @@ def compress(
     learning_rate: options.LearningRate = None,
     head_learning_rate: options.HeadLearningRate = None,
     scale_learning_rate: options.ScaleLearningRate = None,
+    dropout: options.Dropout = None,
     max_steps: options.MaxSteps = -1,
     max_length: options.MaxLength = 128,
     seed: options.Seed = 42,
@@ -82,8 +83,8 @@ def compress(
         batch_size=batch_size,
         max_steps=max_steps,
         seed=seed,
-        **_rates(learning_rate, head_learning_rate),
-        scale_learning_rate=scale_learning_rate,
+        **_rates(learning_rate, head_learning_rate, scale_learning_rate),
+        dropout=chosen.training.dropout if dropout is None else dropout,
     )
     compared = default_baseline_training(training)
     if baseline_learning_rate is not None:
@@ -103,9 +104,10 @@ def compress(
     show(f"saved to {out}")
 
 
-def _rates(body: float | None, head: float | None) -> dict[str, float]:
+def _rates(body: float | None, head: float | None, scales: float | None) -> dict[str, float]:
     rates = {} if body is None else {"learning_rate": body, "head_learning_rate": body}
-    return rates | ({} if head is None else {"head_learning_rate": head})
+    own = {"head_learning_rate": head, "scale_learning_rate": scales}
+    return rates | {name: rate for name, rate in own.items() if rate is not None}
 
 
 def _assignment(text: str) -> tuple[str, str]:

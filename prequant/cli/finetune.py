@@ -16,6 +16,7 @@ def finetune(
     batch_size: options.BatchSize = 32,
     learning_rate: options.LearningRate = None,
     head_learning_rate: options.HeadLearningRate = None,
+    dropout: options.Dropout = None,
     max_steps: options.MaxSteps = -1,
     max_length: options.MaxLength = 128,
     seed: options.Seed = 42,
@@ -34,6 +35,7 @@ def finetune(
         seed=seed,
         learning_rate=usual.learning_rate if learning_rate is None else learning_rate,
         head_learning_rate=head_learning_rate,
+        dropout=usual.dropout if dropout is None else dropout,
     )
     figures = finetune_baseline(model, find_task(task), data, out, training, max_length=max_length, progress=not quiet)
     show(f"{figures.metric_name} {figures.metric:.4f} on {figures.examples:,} examples")

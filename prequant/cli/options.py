@@ -25,11 +25,20 @@ LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate.", 
 ScaleLearningRate = Annotated[
     float | None,
     typer.Option(
-        help="Peak learning rate of scales, zero points and alphas.", show_default="a tenth of --learning-rate"
+        help="Peak learning rate of scales, zero points and alphas, relative to their mean magnitude.",
+        show_default="the method's own",
     ),
 ]
 HeadLearningRate = Annotated[
     float | None, typer.Option(help="Peak learning rate of the task head.", show_default="--learning-rate")
+]
+Dropout = Annotated[
+    bool | None,
+    typer.Option(
+        "--dropout/--no-dropout",
+        help="Whether training drops what the model's configuration says.",
+        show_default="the method's own",
+    ),
 ]
 MaxSteps = Annotated[int, typer.Option(help="Stop after so many steps; -1 for all epochs.")]
 MaxLength = Annotated[int, typer.Option(help="Cut texts to so many tokens.")]

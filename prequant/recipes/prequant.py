@@ -33,8 +33,9 @@ class PreQuant(Recipe):
     the task's loss alone, the parts named in ``train``; the codes stay frozen and packed.
 
     The paper is known to quantize all weights first, to choose the trained subset by its being outliers, and to train
-    about 0.5 % of the model; its code is not public. What it leaves open are options. Weight decay never acts on
-    outliers. Raises :class:`PrequantError` for options that do not go together.
+    about 0.5 % of the model; its code is not public. What it leaves open are options, whose defaults are what did best
+    on SST-2 within 1 % of the model. Weight decay never acts on outliers. Raises :class:`PrequantError` for options
+    that do not go together.
     """
 
     name: ClassVar[str] = "prequant"
@@ -49,7 +50,7 @@ class PreQuant(Recipe):
     """Whether 0 lies in the middle of the levels."""
     strategy: str = "mse"
     """How scales are chosen; 'sigma' is the paper's rule, which looks at the deviation alone."""
-    outlier_ratio: float = 0.005
+    outlier_ratio: float = 0.01
     """Share of each matrix that is kept as outliers; 0 keeps none."""
     outlier_mode: Literal["delta", "replace"] = "delta"
     """Whether an outlier adds to the quantized weight or stands in its place."""
@@ -61,12 +62,20 @@ class PreQuant(Recipe):
         "outliers",
         "head",
         "layer-norms",
+        "scales",
+        "biases",
     )
     """What stage 2 trains; nothing stands for stage 1 alone."""
+    train_embeddings: bool = False
+    """Whether outliers and scales of embeddings train, too. A batch reaches only the few rows that it looks up, so the
+    same number of trainable values does more in the linears.
+    """
     activation_bits: int = 0
     """Bits of the inputs of linears, dynamically per token; 0 leaves them in float."""
     training: TrainingSettings = field(
-        default_factory=lambda: TrainingSettings(learning_rate=1e-3, head_learning_rate=1e-3, weight_decay=0.0),
+        default_factory=lambda: TrainingSettings(
+            learning_rate=1e-3, head_learning_rate=1e-3, weight_decay=0.0, dropout=False
+        ),
         kw_only=True,
     )
 
@@ -111,6 +120,7 @@ class PreQuant(Recipe):
                     layer_norms="layer-norms" in self.train,
                     biases="biases" in self.train,
                     head=head if "head" in self.train else (),
+                    embeddings=self.train_embeddings,
                     reset_outliers=self.reset_outliers,
                 )
             )

@@ -173,6 +173,28 @@ def test_norms_that_are_written_out_are_known_by_their_module() -> None:
     assert trainable(Train(layer_norms=True)(program)) == {"before.weight"}
 
 
+class TokensAndKinds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.kinds = nn.Embedding(12, 8), nn.Embedding(12, 8)
+        self.head = nn.Linear(8, 12, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.tokens(input_ids) + self.kinds(input_ids))
+
+
+@pytest.mark.parametrize("lowered", [False, True])
+def test_embeddings_may_be_left_out_but_not_those_that_a_linear_reads(lowered: bool) -> None:
+    program = trace(TokensAndKinds(), {"input_ids": torch.arange(12).reshape(3, 4)})
+    coded = Pipeline([SplitOutliers(ratio=0.05), QuantizeWeights(bits=3)])(program)
+    coded = Lower()(coded) if lowered else coded
+    every = trainable(Train(scales=True, outliers=True)(coded))
+    without = trainable(Train(scales=True, outliers=True, embeddings=False)(coded))
+    assert every - without == {"kinds.weight.scale", "kinds.weight.outliers.values"}
+    assert {name.partition(".")[0] for name in without} & {"tokens", "head"}
+
+
 def test_the_head_is_named_by_patterns() -> None:
     program = QuantizeWeights(include=("first",))(tiny_mlp_program())
     chosen = Train(scales=True, head=("second*",))(program)

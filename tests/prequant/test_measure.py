@@ -1,6 +1,7 @@
 import gc
 import math
 import time
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 
@@ -25,16 +26,22 @@ def one_thread(reproducible: None) -> None:
 # ---- time, bytes, settings -------------------------------------------------------------------------------------------
 
 
-def test_latency_is_the_median_without_the_first_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    durations = iter([100.0, 50.0, 3.0, 1.0, 2.0, 90.0, 4.0])
-    clock = [0.0]
+def test_latencies_are_medians_taken_in_turns_without_the_first_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, turns = [0.0], []
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
-    def call() -> None:
-        clock[0] += next(durations)
+    def lasting(name: str, *durations: float) -> Callable[[], None]:
+        left = iter(durations)
 
-    assert median_seconds(call, repeats=5, warmup=2) == 3.0
-    assert not list(durations)
+        def call() -> None:
+            turns.append(name)
+            clock[0] += next(left)
+
+        return call
+
+    calls = [lasting("a", 100.0, 50.0, 3.0, 1.0, 2.0, 90.0, 4.0), lasting("b", *[7.0] * 7)]
+    assert median_seconds(calls, repeats=5, warmup=2) == [3.0, 7.0]
+    assert turns == ["a", "b"] * 7
 
 
 def test_bytes_are_those_of_the_safetensors_files(tmp_path: Path) -> None:

@@ -91,11 +91,8 @@ def test_settings_are_every_field_in_jsons_types() -> None:
     settings = json.loads(json.dumps(plain(recipe.settings())))
     assert settings.pop("recipe") == "prequant"
     assert settings.keys() == {field.name for field in dataclasses.fields(PreQuant)}
-    assert (settings["bits"], settings["granularity"], settings["train"]) == (
-        3,
-        "row",
-        ["outliers", "head", "layer-norms"],
-    )
+    assert (settings["bits"], settings["granularity"]) == (3, "row")
+    assert settings["train"] == ["outliers", "head", "layer-norms", "scales", "biases"]
     assert settings["training"] == dataclasses.asdict(recipe.training) and settings["training"]["seed"] == 7
 
 
@@ -139,6 +136,15 @@ def test_stage_1_is_what_the_options_say(original: Program) -> None:
             assert program.tensor(view.tensors["outliers.values"]).numel() == round(0.02 * rows * columns)
 
 
+def test_outliers_and_scales_of_embeddings_train_if_asked(original: Program) -> None:
+    for embeddings in (False, True):
+        program = prepared(original, PreQuant(train_embeddings=embeddings))
+        for view in weights(program):
+            if view.name not in HEAD:
+                parts = {view.tensors[part] for part in ("outliers.values", "scale")}
+                assert parts & trainable(program) == (parts if embeddings or view.kind == "linear" else set())
+
+
 def test_without_outliers_there_are_none(original: Program) -> None:
     program = prepared(original, PreQuant(outlier_ratio=0, train=("head",)))
     assert all("outliers.values" not in view.tensors for view in weights(program))
@@ -166,7 +172,7 @@ def test_stage_1_needs_no_data_and_no_chance(original: Program) -> None:
     ],
 )
 def test_each_part_trains_what_its_name_says(original: Program, part: str, expected: Any) -> None:
-    program = prepared(original, PreQuant(train=(part,)))  # type: ignore[arg-type]
+    program = prepared(original, PreQuant(train=(part,), train_embeddings=True))  # type: ignore[arg-type]
     names = {name for name, _ in program.named_parameters() if expected(name)}
     assert names and trainable(program) == names
 
@@ -184,7 +190,8 @@ def test_training_starts_from_the_original_at_the_outliers_or_from_the_codes(ori
 
     for mode in ("delta", "replace"):
         for reset in (False, True):
-            program = prepared(original, PreQuant(outlier_ratio=0.02, outlier_mode=mode, reset_outliers=reset))
+            options: dict[str, Any] = {"outlier_mode": mode, "reset_outliers": reset, "train_embeddings": True}
+            program = prepared(original, PreQuant(outlier_ratio=0.02, **options))
             view = next(view for view in weights(program) if view.name == name)
             columns, offsets = (program.tensor(f"{name}.outliers.{part}").long() for part in ("columns", "row_offsets"))
             rows = torch.repeat_interleave(torch.arange(exact.shape[0]), offsets.diff())
