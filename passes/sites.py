@@ -232,7 +232,8 @@ def _evaluate(program: Program, value: Any) -> Any:
     arguments = [_evaluate(program, arg) for arg in value.args]
     if value.target is ops.add_outliers and value.all_input_nodes[0].op != "get_attr":
         # Into the dense weight itself: it was made a moment ago, and nobody else has it.
-        return reference.add_outliers_(arguments[0], Outliers(*arguments[1:4], bool(value.kwargs["replace"])))
+        dense, values, columns, offsets = arguments
+        return reference.add_outliers_(dense, Outliers(values, columns, offsets, bool(value.kwargs["replace"])))
     return value.target(*arguments, **value.kwargs)  # type: ignore[operator]
 
 

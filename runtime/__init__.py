@@ -1,6 +1,7 @@
 """Numbers: weight formats, quantizers, and the ops that compute on packed codes. Knows nothing of graphs or models."""
 
 from . import gradients as _gradients  # noqa: F401  (registers the ops' gradients)
+from . import native_linear as _native_linear  # noqa: F401  (registers the native kernels)
 from . import ops
 from .backends import Backend, register_backend, registered_backends, unregister_backend
 from .bcq import binary_code

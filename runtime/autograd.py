@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .backends import recording_gradients
 
 Setup = Callable[[Any, Sequence[bool], tuple[Any, ...], dict[str, Any]], None]
 """``(ctx, needs, arguments, options)``: save what backward reads. ``needs`` says which arguments want a gradient."""
@@ -34,7 +35,8 @@ def register_gradient(name: str, setup: Setup, backward: Backward) -> None:
         @staticmethod
         def forward(ctx: Any, keyset: Any, options: dict[str, Any], *arguments: Any) -> Tensor:
             setup(ctx, ctx.needs_input_grad[2:], arguments, {**defaults, **options})
-            return _below_autograd(op, keyset, arguments, options)
+            with recording_gradients():
+                return _below_autograd(op, keyset, arguments, options)
 
         @staticmethod
         def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:

@@ -16,7 +16,9 @@ arguments that ``checks.py`` has passed (shapes, types, device), the same as the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +53,25 @@ class Backend:
 
 
 _backends: dict[tuple[str, str], list[Backend]] = {}
+
+
+_recording = threading.local()
+
+
+@contextlib.contextmanager
+def recording_gradients() -> Iterator[None]:
+    """Inside, kernels run on behalf of autograd: what they compute will be differentiated."""
+    before = getattr(_recording, "on", False)
+    _recording.on = True
+    try:
+        yield
+    finally:
+        _recording.on = before
+
+
+def records_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd, in the call that runs now, wants a gradient for any of ``tensors``."""
+    return getattr(_recording, "on", False) and any(t is not None and t.requires_grad for t in tensors)
 
 
 def register_backend(backend: Backend) -> None:

@@ -7,10 +7,15 @@ compiler was at hand, and the operators run on their reference implementations.
 
 import ctypes
 import functools
+import os
 import sys
 from pathlib import Path
 
-ABI_VERSION = 1
+import torch
+
+from .errors import PrequantError
+
+ABI_VERSION = 2
 """The version of the C interface that this module calls; `native/prequant_native.h` holds the library's own."""
 
 LIBRARY_NAME = "libprequant_native.dll" if sys.platform == "win32" else "libprequant_native.so"
@@ -18,9 +23,71 @@ LIBRARY_NAME = "libprequant_native.dll" if sys.platform == "win32" else "libpreq
 ISAS = ("scalar", "avx2", "avx512vnni", "amx")
 """The instruction sets that kernels are written for, each including the ones before it."""
 
+REFERENCE = "reference"
+"""What ``PREQUANT_ISA`` says, beside one of :data:`ISAS`, for no native kernel at all."""
 
-class NativeLibraryError(RuntimeError):
+
+class NativeLibraryError(PrequantError):
     """The native library is missing, or is not the one that this version of prequant was written for."""
+
+
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+FUNCTIONS = {
+    "prequant_isa": (ctypes.c_char_p, ()),
+    "prequant_panels_bytes": (_LONG, (_POINTER,)),
+    "prequant_pack_panels": (_INT, (_POINTER, _POINTER, _INT)),
+    "prequant_linear_scratch": (_LONG, (_POINTER, _LONG, _INT)),
+    "prequant_run_linear": (
+        _INT,
+        (_POINTER, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _INT, ctypes.c_char_p),
+    ),
+}
+"""The library's functions with their results and arguments; these and the structures are ``prequant_native.h``'s."""
+
+
+class Weight(ctypes.Structure):
+    """``prequant_weight``: a weight in the neutral layout."""
+
+    _fields_ = (
+        *((name, _LONG) for name in ("rows", "columns", "group_size")),
+        *((name, _INT) for name in ("bits", "terms", "base3", "multiple", "subtrahend", "shared_scale")),
+        ("outliers_replace", _INT),
+        *((name, _POINTER) for name in ("codes", "scales", "zeros")),
+        ("outliers", _LONG),
+        *((name, _POINTER) for name in ("outlier_values", "outlier_columns", "outlier_offsets")),
+    )
+
+
+class Linear(ctypes.Structure):
+    """``prequant_linear``: what a linear layer's calls have in common."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("panels", "bias", "input_scale")),
+        ("input_zero", ctypes.c_float),
+        *((name, _INT) for name in ("input_levels", "input", "type")),
+    )
+
+
+STATUS = {
+    1: "a weight that makes no sense",
+    2: "panels that were not packed by this library",
+    3: "an instruction set that this library does not have",
+    4: "sizes that do not fit",
+}
+
+
+def check(status: int, what: str) -> None:
+    """Raise :class:`NativeLibraryError` unless ``status``, a result of the library, is 0."""
+    if status:
+        raise NativeLibraryError(f"{what}: the native library was given {STATUS.get(status, f'status {status}')}")
+
+
+def aligned_bytes(count: int) -> torch.Tensor:
+    """``count`` uninitialised bytes that begin at a multiple of 64, as the kernels ask for."""
+    memory = torch.empty(count + 64, dtype=torch.uint8)
+    start = -memory.data_ptr() % 64
+    return memory[start : start + count]
 
 
 def available() -> bool:
@@ -40,6 +107,24 @@ def abi_version() -> int:
 def detected_isa() -> str:
     """The widest instruction set that this process may use: one of `ISAS`."""
     return str(load().prequant_isa().decode("ascii"))
+
+
+@functools.cache
+def chosen_isa() -> str:
+    """The instruction set to use: that of ``PREQUANT_ISA`` if it is set, else the widest; ``reference`` without a
+    library.
+
+    Raises :class:`NativeLibraryError` for a name that is none, or a set that this processor does not have.
+    """
+    wanted = os.environ.get("PREQUANT_ISA", "")
+    if wanted and wanted not in (*ISAS, REFERENCE):
+        raise NativeLibraryError(f"PREQUANT_ISA={wanted!r}: expected one of {', '.join((*ISAS, REFERENCE))}")
+    if wanted == REFERENCE or not (wanted or available()):
+        return REFERENCE
+    widest = detected_isa()
+    if wanted and ISAS.index(wanted) > ISAS.index(widest):
+        raise NativeLibraryError(f"PREQUANT_ISA={wanted}: this processor has nothing wider than {widest}")
+    return wanted or widest
 
 
 def find_library() -> Path | None:
@@ -77,6 +162,7 @@ def open_library(path: Path) -> ctypes.CDLL:
             f"{path} has ABI version {found}, but this prequant needs {ABI_VERSION}: "
             "the installation mixes two versions. Install prequant again."
         )
-    library.prequant_isa.restype = ctypes.c_char_p
-    library.prequant_isa.argtypes = ()
+    for name, (result, arguments) in FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
     return library

@@ -32,6 +32,18 @@ def reproducible() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def reference_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run the packed ops on the reference: for what holds to the last bit."""
+    from prequant.runtime import native
+
+    monkeypatch.setenv("PREQUANT_ISA", native.REFERENCE)
+    native.chosen_isa.cache_clear()
+    yield
+    monkeypatch.undo()
+    native.chosen_isa.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def minilm_path() -> Path:
     """The folder of a real pre-trained encoder with its tokenizer (all-MiniLM-L6-v2), which comes in a package.

@@ -1,5 +1,6 @@
 // The C interface of libprequant_native: plain C types only, so that any language can call it and no version of Python
-// or torch is built in. Nothing behind it allocates, throws or starts threads.
+// or torch is built in. Nothing behind it allocates or throws. Threads are those of the libgomp in the process, as many
+// as the caller says.
 
 #ifndef PREQUANT_NATIVE_H
 #define PREQUANT_NATIVE_H
@@ -14,7 +15,7 @@
 
 // Raised by one with every change that would break a caller of the functions below: a signature, a layout, a meaning.
 // runtime/native.py holds the number that it was written for and refuses any other.
-#define PREQUANT_ABI_VERSION 1
+#define PREQUANT_ABI_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -30,6 +31,67 @@ PREQUANT_API int32_t prequant_abi_version(void);
 //   "amx"         the above and AMX-TILE, AMX-INT8
 // Each includes the ones before it. On Linux, AMX has to be asked for: the first call asks on behalf of the process.
 PREQUANT_API const char *prequant_isa(void);
+
+// What a call returns: nothing was written unless it is PREQUANT_OK.
+enum prequant_status {
+    PREQUANT_OK = 0,
+    PREQUANT_BAD_WEIGHT = 1,  // a description that makes no sense, or outliers outside the weight
+    PREQUANT_BAD_PANELS = 2,  // memory that prequant_pack_panels did not write, or another version of it did
+    PREQUANT_BAD_ISA = 3,     // an instruction set that this library or this processor does not have
+    PREQUANT_BAD_CALL = 4     // sizes that do not fit the weight, or too little scratch
+};
+
+// A weight in the neutral layout (runtime/formats.py), as a sum of terms:
+//   W[r][k] = sum over terms of (multiple * u - zero) * scale,  zero = `subtrahend` where `zeros` is null.
+typedef struct {
+    int64_t rows, columns;
+    int64_t group_size;    // columns that share a scale, a multiple of 32; 0: all of a row
+    int32_t bits;          // of a code
+    int32_t terms;         // planes of a bcq weight, else 1
+    int32_t base3;         // five ternary codes a byte
+    int32_t multiple, subtrahend;
+    int32_t shared_scale;  // one scale (and zero) for all rows
+    int32_t outliers_replace;
+    const uint8_t *codes;  // [terms][rows][bytes of a row]
+    const float *scales;   // [terms][rows][groups], or [1]
+    const float *zeros;    // the same shape, or null
+    int64_t outliers;      // how many there are; 0: none, and the pointers may be null
+    const float *outlier_values;
+    const int32_t *outlier_columns, *outlier_offsets;
+} prequant_weight;
+
+// Bytes that the kernels' layout of a weight takes; -1 for a description that makes no sense.
+PREQUANT_API int64_t prequant_panels_bytes(const prequant_weight *weight);
+
+// Write that layout to `panels`, which begins at a multiple of 64.
+PREQUANT_API int32_t prequant_pack_panels(const prequant_weight *weight, void *panels, int32_t threads);
+
+// How the inputs of a linear are quantized; see prequant_linear.
+enum prequant_input { PREQUANT_INPUT_FLOAT = 0, PREQUANT_INPUT_DYNAMIC = 1, PREQUANT_INPUT_STATIC = 2 };
+enum prequant_type { PREQUANT_FLOAT32 = 0, PREQUANT_BFLOAT16 = 1 };
+
+// A linear layer: what does not change from call to call.
+typedef struct {
+    const void *panels;        // what prequant_pack_panels wrote
+    const float *bias;         // [rows], or null
+    const float *input_scale;  // PREQUANT_INPUT_STATIC: of all tokens, [1]
+    float input_zero;          // PREQUANT_INPUT_STATIC: the code of 0, less half of the levels
+    int32_t input_levels;      // quantized inputs: 2 to 256
+    int32_t input;             // enum prequant_input
+    int32_t type;              // enum prequant_type, of input and output
+} prequant_linear;
+
+// Bytes of scratch that prequant_run_linear takes for so many tokens and threads; -1 for panels that are none.
+PREQUANT_API int64_t prequant_linear_scratch(const prequant_linear *linear, int64_t tokens, int32_t threads);
+
+// output = quantized(input) @ W^T + bias, on [tokens][columns] and [tokens][rows], contiguous.
+//
+// Quantized inputs are integers a in the range of input_levels around 0: `dynamic` scales each token by its largest
+// magnitude (PREQUANT_INPUT_DYNAMIC), `static` all by input_scale. Sums of a * u are exact; all else is float32. A token
+// that holds NaN or infinity gives NaN throughout. `isa` is one of prequant_isa's names.
+PREQUANT_API int32_t prequant_run_linear(const prequant_linear *linear, const void *input, void *output,
+                                         int64_t tokens, void *scratch, int64_t scratch_bytes, int32_t threads,
+                                         const char *isa);
 
 #ifdef __cplusplus
 }

@@ -130,6 +130,7 @@ def test_ids_outside_of_the_table_raise(ids: list[int], reach: str) -> None:
         Weight(WeightFormat.affine(4)).embedding(torch.tensor(ids))
 
 
+@pytest.mark.usefixtures("reference_kernels")
 @pytest.mark.parametrize("format", FEW, ids=str)
 def test_packed_ops_give_the_very_numbers_of_the_simulated_expression(format: WeightFormat) -> None:
     weight = Weight(format, rows=16, columns=48, outliers="add")

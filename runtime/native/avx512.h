@@ -1,0 +1,68 @@
+// Vectors of AVX-512 for panel_kernels.h: one holds four columns of all 16 rows. Shared by the units for VNNI and AMX.
+
+#ifndef PREQUANT_AVX512_H
+#define PREQUANT_AVX512_H
+
+#include <immintrin.h>
+
+#include "panel_kernels.h"
+
+namespace {
+
+struct Avx512 {
+    static constexpr int kRows = 16, kChains = 8, kTokens = 8;
+    static constexpr bool kInPlace = true;
+
+    using Codes = __m512i;
+    using Ints = __m512i;
+    using Floats = __m512;
+    // Up to 4 bits: what each code stands for, repeated as often as it fits, so that bits above the code don't matter.
+    template <int W> struct Levels { __m512 table; };
+
+    static PREQUANT_INLINE Codes load(const uint8_t *from) { return _mm512_loadu_si512(from); }
+    static PREQUANT_INLINE Floats load_floats(const float *from) { return _mm512_loadu_ps(from); }
+    static PREQUANT_INLINE void store(float *to, Floats floats) { _mm512_storeu_ps(to, floats); }
+    static PREQUANT_INLINE Ints zero() { return _mm512_setzero_si512(); }
+    static PREQUANT_INLINE Floats float_zero() { return _mm512_setzero_ps(); }
+    static PREQUANT_INLINE Floats spread(float value) { return _mm512_set1_ps(value); }
+
+    template <int W> static PREQUANT_INLINE Codes masked(Codes codes, int p) {
+        if (W == 8) return codes;
+        return _mm512_and_si512(codes, _mm512_set1_epi8(static_cast<char>(((1 << W) - 1) << (p * W))));
+    }
+    template <int W> static PREQUANT_INLINE Codes low(Codes codes, int p) {
+        if (W == 8) return codes;
+        return masked<W>(p ? _mm512_srli_epi16(codes, static_cast<unsigned>(p * W)) : codes, 0);
+    }
+    template <int W> static PREQUANT_INLINE Ints dot(Ints sum, Codes codes, const int8_t *inputs) {
+        int32_t four;
+        std::memcpy(&four, inputs, sizeof four);
+        return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four));
+    }
+
+    static PREQUANT_INLINE Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+    static PREQUANT_INLINE Ints subtract(Ints a, int32_t b) { return _mm512_sub_epi32(a, _mm512_set1_epi32(b)); }
+    static PREQUANT_INLINE Ints left(Ints a, int by) { return _mm512_slli_epi32(a, static_cast<unsigned>(by)); }
+    static PREQUANT_INLINE Ints right(Ints a, int by) { return _mm512_srai_epi32(a, static_cast<unsigned>(by)); }
+    static PREQUANT_INLINE Floats to_float(Ints a) { return _mm512_cvtepi32_ps(a); }
+    static PREQUANT_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+    static PREQUANT_INLINE Floats negative_multiply_add(Floats a, Floats b, Floats c) {
+        return _mm512_fnmadd_ps(a, b, c);
+    }
+
+    template <int W> static PREQUANT_INLINE Levels<W> levels(int step, int subtrahend) {
+        float table[16];
+        for (int i = 0; i < 16; ++i) table[i] = static_cast<float>((i & ((1 << W) - 1)) * step - subtrahend);
+        return {W == 8 ? _mm512_set1_ps(static_cast<float>(subtrahend)) : _mm512_loadu_ps(table)};
+    }
+    template <int W> static PREQUANT_INLINE Floats value(Codes codes, int bit, const Levels<W> &levels) {
+        const __m512i shifted = _mm512_srli_epi32(codes, static_cast<unsigned>(bit));
+        if (W < 8) return _mm512_permutexvar_ps(shifted, levels.table);
+        const __m512i code = _mm512_and_si512(shifted, _mm512_set1_epi32(0xff));
+        return _mm512_sub_ps(_mm512_cvtepi32_ps(code), levels.table);
+    }
+};
+
+}  // namespace
+
+#endif

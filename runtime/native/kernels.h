@@ -1,0 +1,45 @@
+// What one instruction set provides, and what its kernels see. linear.cpp chooses the set and shares out the work.
+
+#ifndef PREQUANT_KERNELS_H
+#define PREQUANT_KERNELS_H
+
+#include "panels.h"
+#include "prequant_native.h"
+
+namespace prequant {
+
+// One call, as the kernels see it. Tokens of quantized inputs are padded with 0 to `stride` bytes each.
+struct Job {
+    const prequant_linear *linear;
+    Panels panels;
+    const void *input;
+    void *output;
+    int64_t tokens;
+    int64_t stride;       // columns, rounded up to whole blocks
+    int8_t *codes;        // [tokens][stride], quantized inputs
+    float *scales;        // [tokens]
+    int32_t *sums;        // [tokens][groups]: sum of a token's codes over each group
+    float *float_sums;    // the same of inputs that stay float, in the same place
+    float *floats;        // [tokens][stride], inputs that stay float
+    uint8_t *own;         // scratch of each thread
+    int64_t own_bytes;
+};
+
+struct Kernels {
+    const char *isa;
+    // Fill `codes`, `scales` and `sums`, or `floats`, of some tokens.
+    void (*read_tokens)(const Job &job, int64_t first, int64_t last);
+    // Outputs of some panels' rows for all tokens.
+    void (*linear)(const Job &job, int64_t first_panel, int64_t last_panel, uint8_t *own);
+    // Bytes of `own` that `linear` takes.
+    int64_t (*own_bytes)(const Panels &panels, const prequant_linear &linear, int64_t tokens);
+};
+
+extern const Kernels scalar_kernels;
+#ifdef PREQUANT_X86_64
+extern const Kernels avx2_kernels, avx512vnni_kernels, amx_kernels;
+#endif
+
+}  // namespace prequant
+
+#endif

@@ -1,0 +1,205 @@
+// The kernels for AMX. Many tokens of 8-bit inputs go through tiles; everything else is AVX-512's.
+//
+// A pair of panels is unpacked once, into signed bytes that stay in L2 while all tokens pass: 16 quads are a tile of 64
+// columns of 16 rows. Products of 32 tokens and 32 rows take 2 x 2 tiles of sums, so that each tile loaded is used twice.
+
+#include "avx512.h"
+
+namespace {
+
+constexpr int kTile = 16;              // rows of a tile: tokens, or quads of four columns
+constexpr int64_t kFewestTokens = 8;   // below, tiles would be mostly empty
+
+// Tiles 0 to 3: sums [token tile][panel]; 4, 5: inputs; 6, 7: codes.
+struct alignas(64) TileConfiguration {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+
+    explicit TileConfiguration(int columns) {
+        for (int tile = 0; tile < 8; ++tile) {
+            const bool inputs = tile == 4 || tile == 5, codes = tile >= 6;
+            row_bytes[tile] = static_cast<uint16_t>(inputs ? columns : 64);
+            rows[tile] = static_cast<uint8_t>(codes ? columns / 4 : kTile);
+        }
+    }
+};
+
+// The codes of one term of a panel as bytes multiple * u - subtrahend, [blocks][quads][64].
+template <int B> void unpack(const uint8_t *codes, int64_t blocks, int multiple, int subtrahend, int8_t *out) {
+    constexpr Planes P = planes_of(B);
+    const __m512i offset = _mm512_set1_epi8(static_cast<char>(subtrahend));
+    for (int64_t block = 0; block < blocks; ++block, codes += B * kVector, out += kQuads * kVector) {
+        __m512i quads[kQuads];
+        const uint8_t *plane = codes;
+        int low = 0;
+        PREQUANT_UNROLL
+        for (int n = 0; n < 4; ++n) {
+            const int width = P.width[n];
+            if (!width) break;
+            const int per_byte = 8 / width;
+            const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << width) - 1));
+            PREQUANT_UNROLL
+            for (int quad = 0; quad < kQuads; ++quad) {
+                const int shift = quad % per_byte * width - low;
+                __m512i part = Avx512::load(plane + quad / per_byte * kVector);
+                // Bits that come over from the neighbouring byte are masked out.
+                if (shift > 0) part = _mm512_srli_epi16(part, static_cast<unsigned>(shift));
+                if (shift < 0) part = _mm512_slli_epi16(part, static_cast<unsigned>(-shift));
+                if (width < 8) part = _mm512_and_si512(part, _mm512_slli_epi16(mask, static_cast<unsigned>(low)));
+                quads[quad] = n ? _mm512_or_si512(quads[quad], part) : part;
+            }
+            plane += width * kVector;
+            low += width;
+        }
+        PREQUANT_UNROLL
+        for (int quad = 0; quad < kQuads; ++quad) {
+            const __m512i codes_of = quads[quad];
+            const __m512i scaled = multiple == 2 ? _mm512_add_epi8(codes_of, codes_of) : codes_of;
+            _mm512_storeu_si512(out + quad * kVector, _mm512_sub_epi8(scaled, offset));
+        }
+    }
+}
+
+void unpack(const PanelsHeader &h, const uint8_t *codes, int8_t *out) {
+    const auto with = [&](auto unpack_bits) { unpack_bits(codes, h.blocks, h.multiple, h.subtrahend, out); };
+    switch (h.bits) {
+        case 1: return with(unpack<1>);
+        case 2: return with(unpack<2>);
+        case 3: return with(unpack<3>);
+        case 4: return with(unpack<4>);
+        case 5: return with(unpack<5>);
+        case 6: return with(unpack<6>);
+        case 7: return with(unpack<7>);
+        case 8: return with(unpack<8>);
+    }
+}
+
+// Sums of one panel: [tokens][16], as `finish` takes them.
+using PanelSums = float[2 * kTile][kPanelRows];
+
+struct Tiles {
+    const Job &job;
+    const PanelsHeader &h;
+    int64_t panel;
+    const int8_t *unpacked;  // [terms][2 panels][blocks][512]
+    int columns;             // of a step
+
+    int64_t panel_bytes() const { return h.blocks * kQuads * kVector; }
+
+    // T tiles of tokens, N panels.
+    template <int T, int N> void run(int64_t token, PanelSums *sums) const {
+        for (int n = 0; n < N; ++n) std::memset(sums[n], 0, sizeof sums[n]);
+        alignas(64) int32_t products[2][2][kTile][kPanelRows];
+        for (int64_t term = 0; term < h.terms; ++term) {
+            const int8_t *codes = unpacked + term * 2 * panel_bytes();
+            for (int64_t g = 0; g < h.groups; ++g) {
+                const int64_t first = g * h.group_blocks * kBlockColumns;
+                const int64_t end = first + static_cast<int64_t>(h.group_blocks) * kBlockColumns;
+                multiply<T, N>(token, codes, first, end < job.stride ? end : job.stride);
+                _tile_stored(0, products[0][0], 64);
+                if (N == 2) _tile_stored(1, products[0][1], 64);
+                if (T == 2) _tile_stored(2, products[1][0], 64);
+                if (T == 2 && N == 2) _tile_stored(3, products[1][1], 64);
+                for (int n = 0; n < N; ++n) {
+                    for (int t = 0; t < T; ++t) scale(token + t * kTile, term, g, n, products[t][n], sums[n] + t * kTile);
+                }
+            }
+        }
+    }
+
+    template <int T, int N> void multiply(int64_t token, const int8_t *codes, int64_t first, int64_t end) const {
+        const int8_t *inputs = job.codes + token * job.stride;
+        _tile_zero(0);
+        if (N == 2) _tile_zero(1);
+        if (T == 2) _tile_zero(2);
+        if (T == 2 && N == 2) _tile_zero(3);
+        for (int64_t k = first; k < end; k += columns) {
+            _tile_loadd(6, codes + k * kPanelRows, kVector);
+            _tile_loadd(4, inputs + k, job.stride);
+            _tile_dpbssd(0, 4, 6);
+            if (N == 2) {
+                _tile_loadd(7, codes + panel_bytes() + k * kPanelRows, kVector);
+                _tile_dpbssd(1, 4, 7);
+            }
+            if (T == 2) {
+                _tile_loadd(5, inputs + kTile * job.stride + k, job.stride);
+                _tile_dpbssd(2, 5, 6);
+                if (N == 2) _tile_dpbssd(3, 5, 7);
+            }
+        }
+    }
+
+    void scale(int64_t token, int64_t term, int64_t g, int n, const int32_t (*products)[kPanelRows],
+               float (*sums)[kPanelRows]) const {
+        const int64_t place = (((panel + n) * h.terms + term) * h.groups + g) * kPanelRows;
+        const __m512 scales = _mm512_loadu_ps(job.panels.scales + place);
+        const __m512 zeros = job.panels.zeros ? _mm512_loadu_ps(job.panels.zeros + place) : _mm512_setzero_ps();
+        for (int m = 0; m < kTile; ++m) {
+            __m512 value = _mm512_cvtepi32_ps(_mm512_load_si512(products[m]));
+            if (job.panels.zeros && token + m < job.tokens) {
+                const float input_sum = static_cast<float>(job.sums[(token + m) * h.groups + g]);
+                value = _mm512_fnmadd_ps(zeros, _mm512_set1_ps(input_sum), value);
+            }
+            _mm512_storeu_ps(sums[m], _mm512_fmadd_ps(value, scales, _mm512_loadu_ps(sums[m])));
+        }
+    }
+
+    template <int N> void all_tokens() const {
+        PanelSums sums[2];
+        for (int64_t token = 0; token < job.tokens; token += 2 * kTile) {
+            const int64_t left = job.tokens - token;
+            if (left > kTile) {
+                run<2, N>(token, sums);
+            } else {
+                run<1, N>(token, sums);
+            }
+            const int count = static_cast<int>(left < 2 * kTile ? left : 2 * kTile);
+            for (int n = 0; n < N; ++n) finish(job, panel + n, token, count, sums[n]);
+        }
+    }
+};
+
+bool by_tiles(const prequant_linear &linear, int64_t tokens) {
+    return linear.input != PREQUANT_INPUT_FLOAT && tokens >= kFewestTokens;
+}
+
+void linear_by_tiles(const Job &job, int64_t first, int64_t last, uint8_t *own) {
+    if (!by_tiles(*job.linear, job.tokens)) return linear_by_panels<Avx512>(job, first, last, own);
+    const PanelsHeader &h = *job.panels.header;
+    auto *unpacked = reinterpret_cast<int8_t *>(own);
+    // A group of an odd number of blocks takes half tiles.
+    const int columns = h.group_blocks % 2 ? kBlockColumns : 2 * kBlockColumns;
+    const TileConfiguration configuration(columns);
+    _tile_loadconfig(&configuration);
+    for (int64_t panel = first; panel < last; panel += 2) {
+        const Tiles tiles{job, h, panel, unpacked, columns};
+        const int count = panel + 1 < last ? 2 : 1;
+        for (int64_t term = 0; term < h.terms; ++term) {
+            for (int n = 0; n < count; ++n) {
+                const int64_t place = (panel + n) * h.terms + term;
+                unpack(h, job.panels.codes + place * h.blocks * h.bits * kVector,
+                       unpacked + (term * 2 + n) * tiles.panel_bytes());
+            }
+        }
+        if (count == 2) {
+            tiles.all_tokens<2>();
+        } else {
+            tiles.all_tokens<1>();
+        }
+    }
+    _tile_release();
+}
+
+int64_t unpacked_bytes(const Panels &panels, const prequant_linear &linear, int64_t tokens) {
+    const PanelsHeader &h = *panels.header;
+    return by_tiles(linear, tokens) ? h.terms * 2 * h.blocks * kQuads * kVector : 0;
+}
+
+}  // namespace
+
+namespace prequant {
+
+extern const Kernels amx_kernels = {"amx", read_all_tokens, linear_by_tiles, unpacked_bytes};
+
+}  // namespace prequant

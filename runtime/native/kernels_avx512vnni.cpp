@@ -1,0 +1,9 @@
+// The kernels for AVX-512 with VNNI.
+
+#include "avx512.h"
+
+namespace prequant {
+
+extern const Kernels avx512vnni_kernels = {"avx512vnni", read_all_tokens, linear_by_panels<Avx512>, no_own_bytes};
+
+}  // namespace prequant

@@ -1,0 +1,139 @@
+// prequant_run_linear: checks the call, shares its work among threads, and hands it to an instruction set's kernels.
+
+#include <cstring>
+#include <initializer_list>
+
+#include "kernels.h"
+#include "threads.h"
+
+namespace {
+
+using namespace prequant;
+
+constexpr int64_t kBytesPerThread = 1 << 15;  // of codes read: below, waking a thread costs more than it saves
+constexpr int64_t kProductsPerThread = 1 << 20;
+
+bool valid(const void *memory) {
+    const auto *h = static_cast<const PanelsHeader *>(memory);
+    return memory && reinterpret_cast<uintptr_t>(memory) % 64 == 0 &&
+           std::memcmp(h->magic, kPanelsMagic, sizeof h->magic) == 0 && h->version == kPanelsVersion;
+}
+
+const Kernels *kernels_for(const char *isa) {
+    static const Kernels *const all[] = {
+        &scalar_kernels,
+#ifdef PREQUANT_X86_64
+        &avx2_kernels,   &avx512vnni_kernels, &amx_kernels,
+#endif
+    };
+    for (const Kernels *kernels : all) {
+        if (std::strcmp(kernels->isa, isa) == 0) return kernels;
+    }
+    return nullptr;
+}
+
+bool quantized(const prequant_linear &linear) { return linear.input != PREQUANT_INPUT_FLOAT; }
+
+struct Scratch {
+    int64_t codes, scales, sums, floats, own, total;
+
+    Scratch(const prequant_linear &linear, int64_t tokens, int64_t own_bytes, int32_t threads) {
+        const PanelsHeader &h = *panels_of(linear.panels).header;
+        const int64_t stride = h.blocks * kBlockColumns;
+        total = 0;
+        const auto section = [this](int64_t bytes) {
+            const int64_t start = total;
+            total = round_up(total + bytes, 64);
+            return start;
+        };
+        const bool integers = quantized(linear);
+        // AMX reads whole tiles of 16 tokens; a gather of single codes reads 3 bytes beyond the last.
+        codes = section(integers ? round_up(tokens, 32) * stride + 64 : 0);
+        scales = section(integers ? tokens * 4 : 0);
+        sums = section(tokens * h.groups * 4);
+        floats = section(integers ? 0 : tokens * stride * 4);
+        own = section(threads * round_up(own_bytes, 64));
+    }
+};
+
+int32_t threads_for(const PanelsHeader &h, int64_t tokens, int32_t threads) {
+    const int64_t bytes = h.panels * h.terms * h.blocks * h.bits * kVector;
+    const int64_t by_bytes = bytes / kBytesPerThread, by_products = h.rows * h.columns * tokens / kProductsPerThread;
+    const int64_t wanted = by_bytes > by_products ? by_bytes : by_products;
+    return static_cast<int32_t>(wanted < 1 ? 1 : wanted < threads ? wanted : threads);
+}
+
+int64_t own_bytes_of(const prequant_linear &linear, int64_t tokens) {
+    int64_t most = 0;  // scratch is asked for before the instruction set is named
+    for (const char *isa : {"scalar", "avx2", "avx512vnni", "amx"}) {
+        const Kernels *kernels = kernels_for(isa);
+        if (!kernels) continue;
+        const int64_t bytes = kernels->own_bytes(panels_of(linear.panels), linear, tokens);
+        if (bytes > most) most = bytes;
+    }
+    return most;
+}
+
+bool fits(const prequant_linear &linear) {
+    const bool integers = quantized(linear);
+    if (integers && (linear.input_levels < 2 || linear.input_levels > 256)) return false;
+    if (linear.input == PREQUANT_INPUT_STATIC && !linear.input_scale) return false;
+    return linear.input >= PREQUANT_INPUT_FLOAT && linear.input <= PREQUANT_INPUT_STATIC &&
+           (linear.type == PREQUANT_FLOAT32 || linear.type == PREQUANT_BFLOAT16);
+}
+
+}  // namespace
+
+extern "C" {
+
+PREQUANT_API int64_t prequant_linear_scratch(const prequant_linear *linear, int64_t tokens, int32_t threads) {
+    if (!valid(linear->panels) || tokens < 0 || threads < 1) return -1;
+    return Scratch(*linear, tokens, own_bytes_of(*linear, tokens), threads).total;
+}
+
+PREQUANT_API int32_t prequant_run_linear(const prequant_linear *linear, const void *input, void *output,
+                                         int64_t tokens, void *scratch, int64_t scratch_bytes, int32_t threads,
+                                         const char *isa) {
+    if (!valid(linear->panels)) return PREQUANT_BAD_PANELS;
+    const Kernels *kernels = kernels_for(isa);
+    if (!kernels) return PREQUANT_BAD_ISA;
+    if (!fits(*linear) || tokens < 0 || threads < 1) return PREQUANT_BAD_CALL;
+    const Scratch places(*linear, tokens, own_bytes_of(*linear, tokens), threads);
+    if (scratch_bytes < places.total || reinterpret_cast<uintptr_t>(scratch) % 64) return PREQUANT_BAD_CALL;
+    if (tokens == 0) return PREQUANT_OK;
+
+    auto *base = static_cast<uint8_t *>(scratch);
+    Job job{};
+    job.linear = linear;
+    job.panels = panels_of(linear->panels);
+    const PanelsHeader &h = *job.panels.header;
+    job.input = input;
+    job.output = output;
+    job.tokens = tokens;
+    job.stride = h.blocks * kBlockColumns;
+    job.codes = reinterpret_cast<int8_t *>(base + places.codes);
+    job.scales = reinterpret_cast<float *>(base + places.scales);
+    job.sums = reinterpret_cast<int32_t *>(base + places.sums);
+    job.float_sums = reinterpret_cast<float *>(base + places.sums);
+    job.floats = reinterpret_cast<float *>(base + places.floats);
+    job.own = base + places.own;
+    job.own_bytes = round_up(own_bytes_of(*linear, tokens), 64);
+
+    const int32_t used = threads_for(h, tokens, threads);
+    // A few tokens are read sooner than threads could meet again.
+    const bool together = used > 1 && tokens >= 4 * used;
+    if (!together) kernels->read_tokens(job, 0, tokens);
+    if (together) {
+        parallel(used, [&](int32_t part) {
+            kernels->read_tokens(job, tokens * part / used, tokens * (part + 1) / used);
+        });
+    }
+    parallel(used, [&](int32_t part) {
+        const int64_t pairs = (h.panels + 1) / 2;  // of panels, which stay together
+        const int64_t first = pairs * part / used * 2, last = pairs * (part + 1) / used * 2;
+        kernels->linear(job, first, last < h.panels ? last : h.panels, job.own + part * job.own_bytes);
+    });
+    return PREQUANT_OK;
+}
+
+}  // extern "C"

@@ -1,0 +1,371 @@
+"""The native kernels against float64, on every instruction set that this processor has."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from prequant.runtime import Outliers, Scheme, WeightFormat, native, native_linear, ops, reference
+from prequant.runtime.packing import pack
+
+ISAS = native.ISAS[: native.ISAS.index(native.detected_isa()) + 1] if native.available() else ()
+FORMATS = [
+    *(f"affine{bits}:{rest}" for bits in range(2, 9) for rest in ("row", "group64:asym")),
+    *("affine4:tensor", "affine4:row:asym", "affine4:group32", "affine4:group128", "affine8:group96"),
+    *("ternary:row", "ternary:tensor:base3", "ternary:group32:base3", "binary:row", "binary:group64"),
+    *(f"bcq{planes}:{rest}" for planes in (1, 2, 3, 4) for rest in ("row", "group64")),
+]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("PREQUANT_ISA", request.param)
+    native.chosen_isa.cache_clear()
+    yield request.param
+    monkeypatch.undo()
+    native.chosen_isa.cache_clear()
+
+
+class Layer:
+    """A random weight with everything that goes with it."""
+
+    def __init__(self, text: str, rows: int, columns: int, outliers: str = "", seed: int = 0) -> None:
+        random = torch.Generator().manual_seed(seed)
+        self.format, self.columns = WeightFormat.parse(text), columns
+        planes = (self.format.bits,) if self.format.scheme is Scheme.BCQ else ()
+        levels = self.format.levels
+        self.codes = pack(torch.randint(0, levels, (*planes, rows, columns), generator=random), self.format)
+        self.scale = torch.rand(self.format.scale_shape(rows, columns), generator=random) * 0.02 + 0.001
+        self.zero_point = None
+        if not self.format.symmetric:
+            self.zero_point = torch.rand(self.scale.shape, generator=random) * (levels - 1)
+        self.bias = torch.randn(rows, generator=random)
+        self.outliers = None
+        if outliers:
+            counts = torch.randint(0, 4, (rows,), generator=random).clamp(max=columns)
+            places = [torch.randperm(columns, generator=random)[:count].sort().values for count in counts.tolist()]
+            offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(torch.int32)
+            values = torch.randn(int(counts.sum()), generator=random)
+            self.outliers = Outliers(values, torch.cat(places).to(torch.uint16), offsets, outliers == "replace")
+
+    def weight(self) -> Tensor:
+        parts = (self.codes, self.scale, self.zero_point, self.outliers)
+        return reference.packed_weight(*parts, self.format, self.columns).double()
+
+    def __call__(self, input: Tensor, input_format: str = "", *input_parts: Tensor, bias: bool = True) -> Tensor:
+        sparse = (None, None, None, False) if self.outliers is None else tuple(self.outliers)
+        return ops.packed_linear(
+            *(input, self.codes, self.scale, self.zero_point, *sparse, self.bias if bias else None),
+            *(input_parts or (None, None)),
+            format=str(self.format),
+            columns=self.columns,
+            input_format=input_format,
+        )
+
+
+def assert_linear(result: Tensor, input: Tensor, layer: Layer, tolerance: float = 2e-6) -> None:
+    """Against float64, relative to the sum of magnitudes, which is what rounding is relative to."""
+    input, weight = input.double().reshape(-1, layer.columns), layer.weight()
+    expected = (input @ weight.T + layer.bias.double()).reshape(result.shape)
+    size = (input.abs() @ weight.abs().T + layer.bias.double().abs()).reshape(result.shape)
+    error = (result.double() - expected).abs() / size
+    assert float(error.amax() if error.numel() else 0) < tolerance
+
+
+STATIC = "affine8:tensor:asym"
+
+
+def quantized(input: Tensor, mode: str) -> tuple[Tensor, tuple[Any, ...]]:
+    """The input as the layer is to see it, and how a call says so."""
+    if mode == "float":
+        return input, ("",)
+    if mode == "dynamic":
+        format = WeightFormat.affine(8)
+        return reference.quantized_input(input, None, None, format), (str(format),)
+    scale, zero_point = torch.full((1,) * input.dim(), 0.03), torch.full((1,) * input.dim(), 100.0)
+    seen = reference.quantized_input(input, scale, zero_point, WeightFormat.parse(STATIC))
+    return seen, (STATIC, scale, zero_point)
+
+
+@pytest.fixture
+def kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference must not step in."""
+
+    def refuse(*arguments: object) -> Tensor:
+        raise AssertionError("the reference ran")
+
+    monkeypatch.setattr(reference, "packed_linear", refuse)
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["float", "dynamic", "static"])
+@pytest.mark.parametrize("text", FORMATS)
+@pytest.mark.usefixtures("kernels_only")
+def test_every_format(isa: str, text: str, mode: str) -> None:
+    for seed, (rows, columns) in enumerate([(40, 100), (7, 33), (33, 257), (16, 64), (1, 1)]):
+        layer = Layer(text, rows, columns, ("", "add", "replace")[seed % 3], seed)
+        for tokens in (1, 3, 9, 35):
+            input = torch.randn(tokens, columns)
+            seen, options = quantized(input, mode)
+            assert_linear(layer(input, *options), seen, layer)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    text=st.sampled_from(FORMATS),
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 300),
+    shape=st.sampled_from([(), (0,), (1,), (2, 3), (17,), (5, 13), (3, 0)]),
+    mode=st.sampled_from(["float", "dynamic", "static"]),
+    outliers=st.sampled_from(["", "add", "replace"]),
+    exponent=st.sampled_from([-42, -30, 0, 12, 30]),
+    threads=st.integers(1, 4),
+    strided=st.booleans(),
+)
+def test_any_shape_and_size(
+    text: str,
+    rows: int,
+    columns: int,
+    shape: tuple[int, ...],
+    mode: str,
+    outliers: str,
+    exponent: int,
+    threads: int,
+    strided: bool,
+) -> None:
+    layer = Layer(text, rows, columns, outliers)
+    input = torch.randn(*shape, columns, generator=torch.Generator().manual_seed(1))
+    if mode != "static":
+        input = input * 10.0**exponent
+    if strided:
+        input = torch.stack([input, input], -1)[..., 0]
+    seen, options = quantized(input, mode)
+    torch.set_num_threads(threads)
+    for name in ISAS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PREQUANT_ISA", name)
+            native.chosen_isa.cache_clear()
+            result = layer(input, *options)
+        native.chosen_isa.cache_clear()
+        assert result.shape == (*shape, rows) and result.is_contiguous()
+        # With subnormal inputs the bias is all there is.
+        assert_linear(result, seen, layer, 4e-6)
+
+
+@pytest.mark.parametrize("mode", ["float", "dynamic"])
+@pytest.mark.usefixtures("kernels_only")
+def test_bfloat16_in_and_out(isa: str, mode: str) -> None:
+    layer = Layer("affine4:group64", 48, 192, "add")
+    for tokens in (1, 20):
+        input = torch.randn(tokens, 192).bfloat16()
+        result = layer(input, *quantized(input, mode)[1])
+        assert result.dtype is torch.bfloat16
+        seen = quantized(input.float(), mode)[0]  # the kernels round the result alone
+        assert_linear(result, seen, layer, 0.004)
+
+
+@pytest.mark.usefixtures("kernels_only")
+def test_integer_sums_are_exact(isa: str) -> None:
+    """With scales that are powers of two, and inputs on the 8-bit grid, nothing is rounded at all."""
+    for text in ("affine8:row", "affine4:row", "binary:row", "ternary:row", "affine3:row"):
+        layer = Layer(text, 32, 2048)
+        layer.scale = torch.full_like(layer.scale, 2.0**-6)
+        for tokens in (1, 2, 40):
+            input = torch.randint(-127, 128, (tokens, 2048)).float()
+            input[:, 0] = 127
+            assert torch.equal(layer(input, "affine8:row", bias=False).double(), input.double() @ layer.weight().T)
+
+
+@pytest.mark.parametrize("mode", ["float", "dynamic"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.usefixtures("kernels_only")
+def test_what_is_not_finite_stays_in_its_token_and_visible(isa: str, mode: str, bad: float) -> None:
+    layer = Layer("affine4:row", 40, 96)
+    for tokens in (2, 20):
+        input = torch.randn(tokens, 96)
+        input[1, 5] = bad
+        result = layer(input, *quantized(input, mode)[1])
+        others = [token for token in range(tokens) if token != 1]
+        assert not bool(result[1].isfinite().any()) and bool(result[others].isfinite().all())
+        assert bool(result[1].isnan().all()) or mode == "float"
+
+
+def test_instruction_sets_agree_on_integers_bit_for_bit() -> None:
+    layer, input, results = Layer("affine4:group64:asym", 64, 512, "add"), torch.randn(33, 512), []
+    for name in ISAS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PREQUANT_ISA", name)
+            native.chosen_isa.cache_clear()
+            results.append(layer(input, "affine8:row"))
+    native.chosen_isa.cache_clear()
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-6)
+
+
+# ---- when the kernels run --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what ran: ``packed`` for a weight that was packed anew, ``reference`` for the reference."""
+    seen: list[str] = []
+    pack_weight, run_reference = native_linear._pack, reference.packed_linear
+
+    def noting(name: str, function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            seen.append(name)
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(native_linear, "_pack", noting("packed", pack_weight))
+    monkeypatch.setattr(reference, "packed_linear", noting("reference", run_reference))
+    return seen
+
+
+def test_a_weight_is_packed_once_and_again_when_it_changes(isa: str, calls: list[str]) -> None:
+    layer, input = Layer("affine4:row", 32, 64, "add"), torch.randn(3, 64)
+    layer(input)
+    layer(input)
+    assert calls == ["packed"]
+    assert layer.outliers is not None
+    for tensor in (layer.scale, layer.outliers.values, layer.codes):
+        tensor.mul_(2)
+        calls.clear()
+        assert_linear(layer(input), input, layer)
+        assert calls == ["packed"]
+    layer.scale = layer.scale * 0.5
+    assert_linear(layer(input), input, layer)
+    assert calls == ["packed"] * 2
+
+
+def test_what_is_packed_lives_as_long_as_the_codes(isa: str) -> None:
+    before, layer = len(native_linear._layers), Layer("affine4:row", 32, 64)
+    layer(torch.randn(1, 64))
+    assert len(native_linear._layers) == before + 1
+    del layer
+    assert len(native_linear._layers) == before
+
+
+def test_weights_that_train_stay_with_the_reference(isa: str, calls: list[str]) -> None:
+    layer, input = Layer("affine4:row", 32, 64), torch.randn(3, 64, requires_grad=True)
+    layer(input).sum().backward()
+    assert calls == ["packed"] and input.grad is not None
+    torch.testing.assert_close(input.grad, layer.weight().sum(0).float().expand(3, 64), rtol=1e-4, atol=1e-5)
+    layer.scale.requires_grad_()
+    calls.clear()
+    layer(input)
+    assert calls == ["reference"]
+    with torch.no_grad():
+        layer(input)
+    with torch.inference_mode():
+        layer(input)
+    assert calls == ["reference"]
+
+
+@pytest.mark.parametrize(
+    ("text", "input_format", "dtype"),
+    [
+        ("affine4:group48", "", torch.float32),
+        ("affine4:row", "", torch.float64),
+        ("affine4:row", "", torch.float16),
+        ("affine4:row", "affine8:tensor", torch.float32),
+    ],
+)
+def test_what_the_kernels_do_not_take_goes_to_the_reference(
+    isa: str, calls: list[str], text: str, input_format: str, dtype: torch.dtype
+) -> None:
+    layer = Layer(text, 8, 96)
+    layer(torch.randn(2, 96).to(dtype), input_format)
+    assert calls == ["reference"]
+
+
+def test_two_threads_call_at_once(isa: str) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    layers = [Layer(text, 256, 512) for text in ("affine4:row", "affine2:group64")]
+    inputs = [torch.randn(tokens, 512) for tokens in (1, 3, 40, 70)]
+    torch.set_num_threads(2)
+
+    def call(i: int) -> Tensor:
+        return layers[i % 2](inputs[i // 2 % 4], "affine8:row")
+
+    expected = [call(i) for i in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(call, [i % 8 for i in range(160)]))
+    for i, result in enumerate(results):
+        assert torch.equal(result, expected[i % 8])
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_an_instruction_set_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "detected_isa", lambda: "avx2")
+    monkeypatch.setattr(native, "available", lambda: True)
+    for wanted, message in (
+        ("sse9", "'sse9': expected one of scalar"),
+        ("amx", "amx: this processor has nothing wider"),
+    ):
+        monkeypatch.setenv("PREQUANT_ISA", wanted)
+        native.chosen_isa.cache_clear()
+        with pytest.raises(native.NativeLibraryError, match=f"PREQUANT_ISA={message}"):
+            native.chosen_isa()
+    native.chosen_isa.cache_clear()
+
+
+def test_memory_that_holds_no_panels_is_refused(isa: str) -> None:
+    layer, input = Layer("affine4:row", 32, 64), torch.randn(3, 64)
+    layer(input)
+    panels = native_linear._layers[layer.codes].panels
+    for byte, value in ((0, 0), (8, 99)):  # the magic word, the version
+        kept = int(panels[byte])
+        panels[byte] = value
+        with pytest.raises(native.NativeLibraryError, match="not packed by this"):
+            layer(input)
+        panels[byte] = kept
+    assert_linear(layer(input), input, layer)
+
+
+def test_outliers_outside_the_weight_are_refused(isa: str) -> None:
+    layer, input = Layer("affine4:row", 32, 64, "add"), torch.randn(3, 64)
+    assert layer.outliers is not None
+    for bad in (
+        layer.outliers._replace(columns=layer.outliers.columns.to(torch.int32) + 64),
+        layer.outliers._replace(columns=layer.outliers.columns.to(torch.int32) - 64),
+        layer.outliers._replace(row_offsets=layer.outliers.row_offsets.flip(0).contiguous()),
+    ):
+        layer.outliers = bad
+        with pytest.raises(native.NativeLibraryError, match="a weight that makes no sense"):
+            layer(input)
+
+
+class Outputs(torch.utils.data.Dataset[Tensor]):
+    """The outputs of a layer for a few inputs, computed where they are asked for."""
+
+    def __init__(self) -> None:
+        self.layer = Layer("affine4:row", 256, 512)
+        self.inputs = torch.randn(4, 40, 512)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.layer(self.inputs[i], "affine8:row")
+
+
+def test_a_forked_worker_computes_after_its_parent_has_used_threads(isa: str) -> None:
+    torch.set_num_threads(2)
+    outputs = Outputs()
+    expected = [outputs[i] for i in range(len(outputs))]
+    loader = torch.utils.data.DataLoader(
+        outputs, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    for result, wanted in zip(loader, expected, strict=True):
+        assert torch.equal(result, wanted)
