@@ -35,6 +35,7 @@ _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 FUNCTIONS = {
     "prequant_isa": (ctypes.c_char_p, ()),
+    "prequant_dequantize": (_INT, (_POINTER, _POINTER, _LONG, _POINTER, _INT, ctypes.c_char_p)),
     "prequant_panels_bytes": (_LONG, (_POINTER,)),
     "prequant_pack_panels": (_INT, (_POINTER, _POINTER, _INT)),
     "prequant_linear_scratch": (_LONG, (_POINTER, _LONG, _INT)),
@@ -69,11 +70,14 @@ class Linear(ctypes.Structure):
     )
 
 
+BAD_ROW = 5
+
 STATUS = {
     1: "a weight that makes no sense",
     2: "panels that were not packed by this library",
     3: "an instruction set that this library does not have",
     4: "sizes that do not fit",
+    BAD_ROW: "a row that the weight does not have",
 }
 
 

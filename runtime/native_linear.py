@@ -2,7 +2,7 @@
 
 The kernels' own layout of a weight (``native/panels.h``) is made when it is first used, and kept for as long as its
 codes live and none of its tensors changes. Weights that are being trained change at every step, so a call that records
-gradients for its weight stays with the reference.
+gradients for its weight unpacks it instead (native_rows.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import native
 from .backends import Backend, records_gradients, register_backend
 from .formats import Granularity, Scheme, WeightFormat
+from .native_weight import NeutralWeight, address_of, float_copy
 from .reference import Outliers
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -49,13 +50,13 @@ class PackedLayer:
         made_from: tuple[object, ...],
     ) -> None:
         self.panels, self.made_from = panels, made_from
-        self._floats = [_floats(bias), _floats(input_scale)]
+        self._floats = [float_copy(bias), float_copy(input_scale)]
         half = 0 if input_format is None else input_format.levels // 2
         self.types = {
             dtype: native.Linear(
                 panels=panels.data_ptr(),
-                bias=_address(self._floats[0]),
-                input_scale=_address(self._floats[1]),
+                bias=address_of(self._floats[0]),
+                input_scale=address_of(self._floats[1]),
                 input_zero=0.0 if input_zero_point is None else float(input_zero_point) - half,
                 input_levels=2 * half,
                 input=FLOAT if input_format is None else DYNAMIC if input_scale is None else STATIC,
@@ -151,10 +152,6 @@ def _state(tensor: Tensor | None) -> tuple[int, int] | None:
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
-def _floats(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().float().contiguous()
-
-
 def _pack(
     format: WeightFormat,
     codes: Tensor,
@@ -163,44 +160,14 @@ def _pack(
     outliers: Outliers | None,
     columns: int,
 ) -> Tensor:
-    one_bit = format.scheme in (Scheme.BINARY, Scheme.BCQ)
-    zero_point = None if format.scheme is Scheme.TERNARY else zero_point  # a ternary one is the threshold of rounding
-    codes = codes.contiguous()
-    scales, zeros = _floats(scale), _floats(zero_point)
-    values, places, offsets = (None, None, None) if outliers is None else outliers[:3]
-    if values is not None and places is not None and offsets is not None:
-        values = _floats(values)
-        places, offsets = (t.to(torch.int32).contiguous() for t in (places, offsets))
-    weight = native.Weight(
-        rows=codes.shape[-2],
-        columns=columns,
-        group_size=format.group_size,
-        bits=1 if one_bit else format.bits,
-        terms=format.bits if format.scheme is Scheme.BCQ else 1,
-        base3=format.base3,
-        multiple=2 if one_bit else 1,
-        subtrahend=1 if one_bit else int(format.implied_zero_point),
-        shared_scale=format.granularity is Granularity.TENSOR,
-        outliers_replace=outliers is not None and outliers.replace,
-        codes=codes.data_ptr(),
-        scales=_address(scales),
-        zeros=_address(zeros),
-        outliers=0 if values is None else values.numel(),
-        outlier_values=_address(values),
-        outlier_columns=_address(places),
-        outlier_offsets=_address(offsets),
-    )
+    weight = NeutralWeight(format, codes, scale, zero_point, columns, outliers)
     library = native.load()
-    size = library.prequant_panels_bytes(ctypes.addressof(weight))
+    size = library.prequant_panels_bytes(weight.address)
     native.check(0 if size >= 0 else 1, f"packing a weight {list(codes.shape)} of {format}")
     panels = native.aligned_bytes(size)
-    status = library.prequant_pack_panels(ctypes.addressof(weight), panels.data_ptr(), torch.get_num_threads())
+    status = library.prequant_pack_panels(weight.address, panels.data_ptr(), torch.get_num_threads())
     native.check(status, f"packing a weight {list(codes.shape)} of {format}")
     return panels
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 register_backend(Backend("native", "packed_linear", "cpu", accepts, packed_linear))

@@ -337,16 +337,22 @@ def packed_embedding(
 
     Raises ``IndexError`` for an id outside the table. (On a GPU the device asserts: a check here would wait for it.)
     """
-    rows, flat = codes.shape[-2], ids.reshape(-1)
-    if flat.numel() and flat.device.type == "cpu":
-        low, high = (int(end) for end in flat.aminmax())
-        if low < 0 or high >= rows:
-            raise IndexError(f"embedding ids reach from {low} to {high}; the table has rows 0 to {rows - 1}")
+    flat = ids.reshape(-1)
+    if flat.device.type == "cpu":
+        check_ids(flat, codes.shape[-2])
     scale, zero_point = taken_scales(flat, scale, format), taken_scales(flat, zero_point, format)
     taken = dequantize(codes.index_select(-2, flat), scale, zero_point, format, columns)
     if outliers is not None:
         add_outliers_(taken, taken_outliers(flat, outliers))
     return taken.reshape(*ids.shape, columns).to(dtype)
+
+
+def check_ids(ids: Tensor, rows: int) -> None:
+    """Raise ``IndexError`` for ids outside a table of so many rows."""
+    if ids.numel():
+        low, high = (int(end) for end in ids.aminmax())
+        if low < 0 or high >= rows:
+            raise IndexError(f"embedding ids reach from {low} to {high}; the table has rows 0 to {rows - 1}")
 
 
 @overload

@@ -31,9 +31,14 @@ struct Kernels {
     void (*read_tokens)(const Job &job, int64_t first, int64_t last);
     // Outputs of some panels' rows for all tokens.
     void (*linear)(const Job &job, int64_t first_panel, int64_t last_panel, uint8_t *own);
+    // Rows of a weight in the neutral layout as floats [last - first][columns]; `rows` null: the first ones.
+    void (*dequantize)(const prequant_weight &weight, const int64_t *rows, int64_t first, int64_t last, float *out);
     // Bytes of `own` that `linear` takes.
     int64_t (*own_bytes)(const Panels &panels, const prequant_linear &linear, int64_t tokens);
 };
+
+// The kernels of that name, or null if there are none in this library.
+const Kernels *kernels_for(const char *isa);
 
 extern const Kernels scalar_kernels;
 #ifdef PREQUANT_X86_64

@@ -200,6 +200,6 @@ int64_t unpacked_bytes(const Panels &panels, const prequant_linear &linear, int6
 
 namespace prequant {
 
-extern const Kernels amx_kernels = {"amx", read_all_tokens, linear_by_tiles, unpacked_bytes};
+extern const Kernels amx_kernels = {"amx", read_all_tokens, linear_by_tiles, dequantize_rows, unpacked_bytes};
 
 }  // namespace prequant

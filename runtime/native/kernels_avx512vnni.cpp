@@ -4,6 +4,6 @@
 
 namespace prequant {
 
-extern const Kernels avx512vnni_kernels = {"avx512vnni", read_all_tokens, linear_by_panels<Avx512>, no_own_bytes};
+extern const Kernels avx512vnni_kernels = {"avx512vnni", read_all_tokens, linear_by_panels<Avx512>, dequantize_rows, no_own_bytes};
 
 }  // namespace prequant

@@ -19,19 +19,6 @@ bool valid(const void *memory) {
            std::memcmp(h->magic, kPanelsMagic, sizeof h->magic) == 0 && h->version == kPanelsVersion;
 }
 
-const Kernels *kernels_for(const char *isa) {
-    static const Kernels *const all[] = {
-        &scalar_kernels,
-#ifdef PREQUANT_X86_64
-        &avx2_kernels,   &avx512vnni_kernels, &amx_kernels,
-#endif
-    };
-    for (const Kernels *kernels : all) {
-        if (std::strcmp(kernels->isa, isa) == 0) return kernels;
-    }
-    return nullptr;
-}
-
 bool quantized(const prequant_linear &linear) { return linear.input != PREQUANT_INPUT_FLOAT; }
 
 struct Scratch {

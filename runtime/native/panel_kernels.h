@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "neutral_rows.h"
 
 namespace {
 

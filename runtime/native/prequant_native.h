@@ -38,14 +38,15 @@ enum prequant_status {
     PREQUANT_BAD_WEIGHT = 1,  // a description that makes no sense, or outliers outside the weight
     PREQUANT_BAD_PANELS = 2,  // memory that prequant_pack_panels did not write, or another version of it did
     PREQUANT_BAD_ISA = 3,     // an instruction set that this library or this processor does not have
-    PREQUANT_BAD_CALL = 4     // sizes that do not fit the weight, or too little scratch
+    PREQUANT_BAD_CALL = 4,    // sizes that do not fit the weight, or too little scratch
+    PREQUANT_BAD_ROW = 5      // a row that the weight does not have
 };
 
 // A weight in the neutral layout (runtime/formats.py), as a sum of terms:
 //   W[r][k] = sum over terms of (multiple * u - zero) * scale,  zero = `subtrahend` where `zeros` is null.
 typedef struct {
     int64_t rows, columns;
-    int64_t group_size;    // columns that share a scale, a multiple of 32; 0: all of a row
+    int64_t group_size;    // columns that share a scale; 0: all of a row. Panels take multiples of 32, floats of 8
     int32_t bits;          // of a code
     int32_t terms;         // planes of a bcq weight, else 1
     int32_t base3;         // five ternary codes a byte
@@ -59,6 +60,11 @@ typedef struct {
     const float *outlier_values;
     const int32_t *outlier_columns, *outlier_offsets;
 } prequant_weight;
+
+// Rows of a weight as floats, outliers aside: out [count][columns]. `rows` says which; null: the first `count`. Float32
+// throughout, and in the order of the formula above: to the last bit what the reference computes.
+PREQUANT_API int32_t prequant_dequantize(const prequant_weight *weight, const int64_t *rows, int64_t count, float *out,
+                                         int32_t threads, const char *isa);
 
 // Bytes that the kernels' layout of a weight takes; -1 for a description that makes no sense.
 PREQUANT_API int64_t prequant_panels_bytes(const prequant_weight *weight);

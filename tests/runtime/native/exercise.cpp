@@ -89,6 +89,14 @@ bool fails(const Case &c, const char *isa) {
     Memory scratch(size < 64 ? 64 : size);
     if (prequant_run_linear(&linear, input.data(), output.data(), c.tokens, scratch.bytes, size, 3, isa)) return true;
 
+    std::vector<int64_t> rows(static_cast<size_t>(c.tokens));
+    for (auto &row : rows) row = between(0, c.rows - 1);
+    std::vector<float> taken(static_cast<size_t>(c.tokens * c.columns));
+    if (prequant_dequantize(&weight, rows.data(), c.tokens, taken.data(), 3, isa)) return true;
+    for (const float value : taken) {
+        if (!(std::fabs(value) < 100.0f)) return true;
+    }
+
     for (int token = 0; token < c.tokens; ++token) {
         const float *x = input.data() + token * c.columns;
         float largest = 0.0f;
