@@ -72,8 +72,8 @@ class Train(WeightPass):
     """Biases of linears."""
     layer_norms: bool = False
     """Weights and biases of layer norms and their kin."""
-    embeddings: bool = True
-    """Whether scales, outliers and the like of weights that only embeddings read train as well."""
+    embedding_outliers: bool = True
+    """Whether the outliers of weights that only embeddings read are among those that train."""
     head: tuple[str, ...] = ()
     """Names of further parameters, as patterns: the task head, such as ``classifier*``."""
     reset_outliers: bool = False
@@ -121,10 +121,11 @@ class Train(WeightPass):
     def _chosen(self, found: dict[tuple[str, str], WeightSite], report: Report) -> dict[str, str]:
         """Kinds of the parameters that train, by name, without the head."""
         wanted = {key: site for key, site in found.items() if key[0] in self._wanted()}
-        inside = {id(site): site for site in Scope(self.include, self.exclude).split(wanted.values())[0]}
-        if not self.embeddings:
-            inside = {key: site for key, site in inside.items() if not all(map(_looks_up, site.consumers))}
+        inside = set(map(id, Scope(self.include, self.exclude).split(wanted.values())[0]))
         chosen = {name: kind for (kind, name), site in wanted.items() if id(site) in inside}
+        if not self.embedding_outliers:
+            tables = {name for (kind, name), site in wanted.items() if kind == "outliers" and _is_looked_up(site)}
+            chosen = {name: kind for name, kind in chosen.items() if name not in tables}
         for name in [name for _, name in wanted if name not in chosen]:
             report.keep(name, "out of scope")
         for kind in self._wanted():
@@ -210,8 +211,8 @@ def quantizes_activation(node: fx.Node) -> bool:
     return isinstance(node.args[0], fx.Node) and node.args[0].op != "get_attr"
 
 
-def _looks_up(node: fx.Node) -> bool:
-    return node.target in (aten.embedding.default, ops.packed_embedding)
+def _is_looked_up(site: WeightSite) -> bool:
+    return all(node.target in (aten.embedding.default, ops.packed_embedding) for node in site.consumers)
 
 
 def _is_norm(node: fx.Node) -> bool:

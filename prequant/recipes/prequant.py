@@ -66,9 +66,9 @@ class PreQuant(Recipe):
         "biases",
     )
     """What stage 2 trains; nothing stands for stage 1 alone."""
-    train_embeddings: bool = False
-    """Whether outliers and scales of embeddings train, too. A batch reaches only the few rows that it looks up, so the
-    same number of trainable values does more in the linears.
+    train_embedding_outliers: bool = False
+    """Whether the outliers of embeddings are among those that train. A batch reaches only the few rows that it looks
+    up: the same number of outliers does more in the linears.
     """
     activation_bits: int = 0
     """Bits of the inputs of linears, dynamically per token; 0 leaves them in float."""
@@ -120,7 +120,7 @@ class PreQuant(Recipe):
                     layer_norms="layer-norms" in self.train,
                     biases="biases" in self.train,
                     head=head if "head" in self.train else (),
-                    embeddings=self.train_embeddings,
+                    embedding_outliers=self.train_embedding_outliers,
                     reset_outliers=self.reset_outliers,
                 )
             )

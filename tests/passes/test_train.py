@@ -185,13 +185,13 @@ class TokensAndKinds(nn.Module):
 
 
 @pytest.mark.parametrize("lowered", [False, True])
-def test_embeddings_may_be_left_out_but_not_those_that_a_linear_reads(lowered: bool) -> None:
+def test_outliers_of_embeddings_may_be_left_out_but_not_of_those_that_a_linear_reads(lowered: bool) -> None:
     program = trace(TokensAndKinds(), {"input_ids": torch.arange(12).reshape(3, 4)})
     coded = Pipeline([SplitOutliers(ratio=0.05), QuantizeWeights(bits=3)])(program)
     coded = Lower()(coded) if lowered else coded
     every = trainable(Train(scales=True, outliers=True)(coded))
-    without = trainable(Train(scales=True, outliers=True, embeddings=False)(coded))
-    assert every - without == {"kinds.weight.scale", "kinds.weight.outliers.values"}
+    without = trainable(Train(scales=True, outliers=True, embedding_outliers=False)(coded))
+    assert every - without == {"kinds.weight.outliers.values"}
     assert {name.partition(".")[0] for name in without} & {"tokens", "head"}
 
 
