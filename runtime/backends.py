@@ -10,7 +10,7 @@ arguments that ``checks.py`` has passed (shapes, types, device), the same as the
     dynamic_scale     (format, input)
     add_outliers      (None, weight, outliers)
     packed_linear     (format, input, codes, scale, zero_point, outliers, bias,
-                       input_scale, input_zero_point, columns, input_format)
+                       input_scale, input_zero_point, columns, input_format, activation, residual)
     packed_embedding  (format, ids, codes, scale, zero_point, outliers, columns, dtype)
 """
 

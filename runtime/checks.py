@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .errors import FormatError
 from .formats import Granularity, Scheme, WeightFormat, _parse
-from .reference import Outliers
+from .reference import ACTIVATIONS, Outliers
 
 Shape = tuple[int, ...]
 
@@ -134,6 +134,19 @@ def linear(input: Tensor, codes: Tensor, columns: int, bias: Tensor | None) -> N
     if bias is not None and bias.shape != codes.shape[-2:-1]:
         raise FormatError(f"a bias {list(bias.shape)} does not fit a weight with {codes.shape[-2]} rows")
     same_device(input, codes)
+
+
+def epilogue(activation: str, residual: Tensor | None, input: Tensor, codes: Tensor) -> None:
+    """Check what comes after a matmul: an activation by name, and a residual of the shape and type of the result."""
+    if activation not in ACTIVATIONS:
+        raise FormatError(f"activation {activation!r} is none of {', '.join(map(repr, ACTIVATIONS))}")
+    if residual is not None and (
+        residual.shape != (*input.shape[:-1], codes.shape[-2]) or residual.dtype != input.dtype
+    ):
+        raise FormatError(
+            f"a residual {list(residual.shape)} of {residual.dtype} does not fit a result "
+            f"{[*input.shape[:-1], codes.shape[-2]]} of {input.dtype}"
+        )
 
 
 def ids(ids: Tensor, codes: Tensor) -> None:

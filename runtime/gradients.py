@@ -86,13 +86,13 @@ def _dense_gradient(gradient: Tensor, outliers: Outliers | None) -> Tensor:
 
 def _packed_linear_setup(ctx: Any, needs: Needs, arguments: Arguments, options: dict[str, Any]) -> None:
     input, codes, scale, zero_point, values, columns, row_offsets, ctx.replace, bias, input_scale, input_zero = (
-        arguments
+        arguments[:11]
     )
-    ctx.format, ctx.columns = options["format"], options["columns"]
+    ctx.format, ctx.columns, ctx.activation = options["format"], options["columns"], options["activation"]
     ctx.input_format = WeightFormat.parse(options["input_format"]) if options["input_format"] else None
     ctx.bias_dtype = None if bias is None else bias.dtype
     # The input is read by the weight's gradient and by that of its own quantization, and else need not be kept.
-    reads_input = any(needs[i] for i in (2, 3, 4, 9, 10)) or ctx.input_format is not None
+    reads_input = any(needs[i] for i in (2, 3, 4, 9, 10)) or ctx.input_format is not None or bool(ctx.activation)
     ctx.save_for_backward(
         *(
             input if reads_input else None,
@@ -104,13 +104,18 @@ def _packed_linear_setup(ctx: Any, needs: Needs, arguments: Arguments, options: 
             row_offsets,
             input_scale,
             input_zero,
+            bias if ctx.activation else None,
         )
     )
 
 
 def _packed_linear_backward(ctx: Any, needs: Needs, gradient: Tensor) -> Gradients:
-    input, codes, scale, zero_point, values, columns, row_offsets, input_scale, input_zero = ctx.saved_tensors
+    input, codes, scale, zero_point, values, columns, row_offsets, input_scale, input_zero, _ = ctx.saved_tensors
     outliers = None if values is None else Outliers(values, columns, row_offsets, ctx.replace)
+    # The dispatcher leaves a residual out that is not there.
+    to_residual = gradient if len(needs) > 11 and needs[11] else None
+    if ctx.activation:
+        gradient = _before_activation(ctx, gradient)
     effective_scale = input_scale
     if ctx.input_format is not None and input_scale is None:
         effective_scale = ops.dynamic_scale(input, format=str(ctx.input_format))
@@ -144,8 +149,22 @@ def _packed_linear_backward(ctx: Any, needs: Needs, gradient: Tensor) -> Gradien
             )
     return (
         *(to_input, None, to_scale, to_zero_point, to_values, None, None, None),
-        *(to_bias, to_input_scale, to_input_zero),
+        *(to_bias, to_input_scale, to_input_zero, to_residual),
     )
+
+
+def _before_activation(ctx: Any, gradient: Tensor) -> Tensor:
+    """The gradient to what an activation was given, which is computed again instead of kept."""
+    input, codes, scale, zero_point, values, columns, row_offsets, input_scale, input_zero, bias = ctx.saved_tensors
+    outliers = (values, columns, row_offsets, ctx.replace)
+    options = {"format": ctx.format, "columns": ctx.columns}
+    if ctx.input_format is not None:
+        options["input_format"] = str(ctx.input_format)
+    operands = (input, codes, scale, zero_point, *outliers, bias, input_scale, input_zero)
+    before = ops.packed_linear(*operands, **options)
+    if ctx.activation == "relu":
+        return torch.ops.aten.threshold_backward(gradient, before, 0)
+    return torch.ops.aten.gelu_backward(gradient, before, approximate="tanh" if "tanh" in ctx.activation else "none")
 
 
 def _packed_embedding_setup(ctx: Any, needs: Needs, arguments: Arguments, options: dict[str, Any]) -> None:

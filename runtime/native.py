@@ -41,7 +41,7 @@ FUNCTIONS = {
     "prequant_linear_scratch": (_LONG, (_POINTER, _LONG, _INT)),
     "prequant_run_linear": (
         _INT,
-        (_POINTER, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _INT, ctypes.c_char_p),
+        (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _INT, ctypes.c_char_p),
     ),
 }
 """The library's functions with their results and arguments; these and the structures are ``prequant_native.h``'s."""
@@ -66,7 +66,7 @@ class Linear(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("panels", "bias", "input_scale")),
         ("input_zero", ctypes.c_float),
-        *((name, _INT) for name in ("input_levels", "input", "type")),
+        *((name, _INT) for name in ("input_levels", "input", "type", "activation")),
     )
 
 

@@ -29,6 +29,9 @@ ALIGNMENT = 64
 GROUP_MULTIPLE = 32
 """Groups that the kernels take are multiples of so many columns."""
 
+ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
+"""What may be done to the result, and what the library calls it."""
+
 FLOAT, DYNAMIC, STATIC = 0, 1, 2
 """How inputs are quantized, as the library calls it."""
 
@@ -47,6 +50,7 @@ class PackedLayer:
         input_scale: Tensor | None,
         input_zero_point: Tensor | None,
         input_format: WeightFormat | None,
+        activation: str,
         made_from: tuple[object, ...],
     ) -> None:
         self.panels, self.made_from = panels, made_from
@@ -61,6 +65,7 @@ class PackedLayer:
                 input_levels=2 * half,
                 input=FLOAT if input_format is None else DYNAMIC if input_scale is None else STATIC,
                 type=number,
+                activation=ACTIVATIONS[activation],
             )
             for dtype, number in TYPES.items()
         }
@@ -83,6 +88,8 @@ def accepts(
     input_zero_point: Tensor | None,
     columns: int,
     input_format: WeightFormat | None,
+    activation: str,
+    residual: Tensor | None,
 ) -> bool:
     """Whether the kernels can run a call of ``packed_linear``."""
     if native.chosen_isa() == native.REFERENCE or input.dtype not in TYPES or columns > MAX_COLUMNS:
@@ -115,19 +122,22 @@ def packed_linear(
     input_zero_point: Tensor | None,
     columns: int,
     input_format: WeightFormat | None,
+    activation: str,
+    residual: Tensor | None,
 ) -> Tensor:
     """See :func:`prequant.runtime.reference.packed_linear`; ``[..., rows]`` in the input's dtype."""
     operands = (codes, scale, zero_point, *(outliers[:3] if outliers else ()), bias, input_scale, input_zero_point)
-    made_from = (format, columns, outliers is not None and outliers.replace, input_format, *map(_state, operands))
+    replace = outliers is not None and outliers.replace
+    made_from = (format, columns, replace, input_format, activation, *map(_state, operands))
     layer = _layers.get(codes)
     if layer is None or layer.made_from != made_from:
         panels = _pack(format, codes, scale, zero_point, outliers, columns)
-        layer = PackedLayer(panels, bias, input_scale, input_zero_point, input_format, made_from)
+        layer = PackedLayer(panels, bias, input_scale, input_zero_point, input_format, activation, made_from)
         _layers[codes] = layer
-    return _run(layer, input.contiguous(), codes.shape[-2], columns)
+    return _run(layer, input.contiguous(), residual, codes.shape[-2], columns)
 
 
-def _run(layer: PackedLayer, input: Tensor, rows: int, columns: int) -> Tensor:
+def _run(layer: PackedLayer, input: Tensor, residual: Tensor | None, rows: int, columns: int) -> Tensor:
     library, threads, address = native.load(), torch.get_num_threads(), layer.addresses[input.dtype]
     tokens = input.numel() // columns
     needed = library.prequant_linear_scratch(address, tokens, threads)
@@ -136,8 +146,10 @@ def _run(layer: PackedLayer, input: Tensor, rows: int, columns: int) -> Tensor:
     scratch = torch.empty(needed + ALIGNMENT, dtype=torch.uint8)
     start = scratch.data_ptr()
     output = input.new_empty((*input.shape[:-1], rows))
+    added = None if residual is None else residual.contiguous()
     status = library.prequant_run_linear(
-        *(address, input.data_ptr(), output.data_ptr(), tokens, start + -start % ALIGNMENT, needed, threads),
+        *(address, input.data_ptr(), address_of(added), output.data_ptr(), tokens),
+        *(start + -start % ALIGNMENT, needed, threads),
         native.chosen_isa().encode(),
     )
     if status:

@@ -91,12 +91,15 @@ def _trained_linear(
     input_zero_point: Tensor | None,
     columns: int,
     input_format: WeightFormat | None,
+    activation: str,
+    residual: Tensor | None,
 ) -> Tensor:
     weight = _rows(format, None, codes, scale, zero_point, columns)
     if outliers is not None:
         reference.add_outliers_(weight, outliers)
     input = reference.quantized_input(input, input_scale, input_zero_point, input_format)
-    return torch.nn.functional.linear(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
+    output = torch.nn.functional.linear(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
+    return reference.epilogue(output, activation, residual)
 
 
 def _rows(

@@ -34,7 +34,8 @@ _SCHEMAS = {
     "uncalibrated": "(Tensor input, *, str format, str observer, str name) -> Tensor",
     "add_outliers": "(Tensor weight, Tensor values, Tensor columns, Tensor row_offsets, *, bool replace) -> Tensor",
     "packed_linear": f"(Tensor input, Tensor codes, Tensor scale, Tensor? zero_point, {_OUTLIERS}, Tensor? bias, "
-    "Tensor? input_scale, Tensor? input_zero_point, *, str format, int columns, str input_format='') -> Tensor",
+    "Tensor? input_scale, Tensor? input_zero_point, Tensor? residual=None, *, str format, int columns, "
+    "str input_format='', str activation='') -> Tensor",
     "packed_embedding": f"(Tensor ids, Tensor codes, Tensor scale, Tensor? zero_point, {_OUTLIERS}, "
     "*, str format, int columns, int padding_idx=-1, ScalarType? dtype=None) -> Tensor",
 }
@@ -132,18 +133,22 @@ def _packed_linear(
     bias: Tensor | None,
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
+    residual: Tensor | None = None,
     *,
     format: str,
     columns: int,
     input_format: str = "",
+    activation: str = "",
 ) -> Tensor:
     parsed = checks.weight_format(format, columns, codes, scale, zero_point)
     checks.linear(input, codes, columns, bias)
     outliers = checks.outliers(outlier_values, outlier_columns, outlier_row_offsets, outliers_replace, codes.shape[-2])
-    activation = checks.activation_format(input_format, input, input_scale, input_zero_point)
+    parsed_input = checks.activation_format(input_format, input, input_scale, input_zero_point)
+    checks.epilogue(activation, residual, input, codes)
     return call(
         *("packed_linear", reference.packed_linear, parsed),
-        *(input, codes, scale, zero_point, outliers, bias, input_scale, input_zero_point, columns, activation),
+        *(input, codes, scale, zero_point, outliers, bias, input_scale, input_zero_point, columns, parsed_input),
+        *(activation, residual),
     )
 
 

@@ -11,6 +11,8 @@ seldom as possible.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, overload
 
 import torch
@@ -316,11 +318,29 @@ def packed_linear(
     input_zero_point: Tensor | None,
     columns: int,
     input_format: WeightFormat | None,
+    activation: str = "",
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """``linear(quantized_input, packed_weight, bias)``, ``[..., rows]`` in the input's dtype."""
+    """``activation(linear(quantized_input, packed_weight, bias)) + residual``, ``[..., rows]`` in the input's dtype."""
     weight = packed_weight(codes, scale, zero_point, outliers, format, columns).to(input.dtype)
     input = quantized_input(input, input_scale, input_zero_point, input_format)
-    return torch.nn.functional.linear(input, weight, None if bias is None else bias.to(input.dtype))
+    output = torch.nn.functional.linear(input, weight, None if bias is None else bias.to(input.dtype))
+    return epilogue(output, activation, residual)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda output: output,
+    "relu": torch.nn.functional.relu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+}
+"""What a packed linear may do to its result, by the name that the op knows it by."""
+
+
+def epilogue(output: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+    """What comes after a product and its bias."""
+    output = ACTIVATIONS[activation](output)
+    return output if residual is None else output + residual
 
 
 def packed_embedding(

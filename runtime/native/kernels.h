@@ -12,7 +12,7 @@ namespace prequant {
 struct Job {
     const prequant_linear *linear;
     Panels panels;
-    const void *input;
+    const void *input, *residual;
     void *output;
     int64_t tokens;
     int64_t stride;       // columns, rounded up to whole blocks

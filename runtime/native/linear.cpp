@@ -66,7 +66,8 @@ bool fits(const prequant_linear &linear) {
     if (integers && (linear.input_levels < 2 || linear.input_levels > 256)) return false;
     if (linear.input == PREQUANT_INPUT_STATIC && !linear.input_scale) return false;
     return linear.input >= PREQUANT_INPUT_FLOAT && linear.input <= PREQUANT_INPUT_STATIC &&
-           (linear.type == PREQUANT_FLOAT32 || linear.type == PREQUANT_BFLOAT16);
+           (linear.type == PREQUANT_FLOAT32 || linear.type == PREQUANT_BFLOAT16) &&
+           linear.activation >= PREQUANT_IDENTITY && linear.activation <= PREQUANT_GELU_TANH;
 }
 
 }  // namespace
@@ -78,9 +79,9 @@ PREQUANT_API int64_t prequant_linear_scratch(const prequant_linear *linear, int6
     return Scratch(*linear, tokens, own_bytes_of(*linear, tokens), threads).total;
 }
 
-PREQUANT_API int32_t prequant_run_linear(const prequant_linear *linear, const void *input, void *output,
-                                         int64_t tokens, void *scratch, int64_t scratch_bytes, int32_t threads,
-                                         const char *isa) {
+PREQUANT_API int32_t prequant_run_linear(const prequant_linear *linear, const void *input, const void *residual,
+                                         void *output, int64_t tokens, void *scratch, int64_t scratch_bytes,
+                                         int32_t threads, const char *isa) {
     if (!valid(linear->panels)) return PREQUANT_BAD_PANELS;
     const Kernels *kernels = kernels_for(isa);
     if (!kernels) return PREQUANT_BAD_ISA;
@@ -95,6 +96,7 @@ PREQUANT_API int32_t prequant_run_linear(const prequant_linear *linear, const vo
     job.panels = panels_of(linear->panels);
     const PanelsHeader &h = *job.panels.header;
     job.input = input;
+    job.residual = residual;
     job.output = output;
     job.tokens = tokens;
     job.stride = h.blocks * kBlockColumns;

@@ -8,9 +8,9 @@
 #ifndef PREQUANT_PANEL_KERNELS_H
 #define PREQUANT_PANEL_KERNELS_H
 
-#include <cmath>
 #include <cstring>
 
+#include "activations.h"
 #include "kernels.h"
 #include "neutral_rows.h"
 
@@ -30,18 +30,6 @@ using namespace prequant;
 
 // ---- numbers --------------------------------------------------------------------------------------------------------
 
-PREQUANT_INLINE uint32_t bits_of(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-PREQUANT_INLINE float float_of(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 PREQUANT_INLINE float from_bfloat16(uint16_t value) { return float_of(static_cast<uint32_t>(value) << 16); }
 
 // Rounded to nearest even; NaN stays NaN.
@@ -53,7 +41,6 @@ PREQUANT_INLINE uint16_t to_bfloat16(float value) {
 
 constexpr uint32_t kMagnitude = 0x7fffffff, kInfinity = 0x7f800000;
 constexpr float kSmallestNormal = 1.17549435e-38f;
-constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: leaves no bits for a fraction, so the sum is rounded, ties to even
 
 // ---- tokens ---------------------------------------------------------------------------------------------------------
 
@@ -153,6 +140,19 @@ inline void read_all_tokens(const Job &job, int64_t first, int64_t last) {
 
 // ---- what comes after the products ----------------------------------------------------------------------------------
 
+inline void activate(int32_t activation, float *values) {
+    switch (activation) {
+        case PREQUANT_RELU:
+            for (int r = 0; r < kPanelRows; ++r) values[r] = relu(values[r]);
+            return;
+        case PREQUANT_GELU:
+            for (int r = 0; r < kPanelRows; ++r) values[r] = gelu(values[r]);
+            return;
+        case PREQUANT_GELU_TANH:
+            for (int r = 0; r < kPanelRows; ++r) values[r] = gelu_tanh(values[r]);
+    }
+}
+
 // Adds what codes do not hold to `sums` [tokens][16] of a panel's rows, and writes them out.
 inline void finish(const Job &job, int64_t panel, int64_t token, int count, float (*sums)[kPanelRows]) {
     const PanelsHeader &h = *job.panels.header;
@@ -182,12 +182,17 @@ inline void finish(const Job &job, int64_t panel, int64_t token, int count, floa
         if (job.linear->bias) {
             for (int r = 0; r < rows; ++r) sums[m][r] += job.linear->bias[row + r];
         }
+        activate(job.linear->activation, sums[m]);
         const int64_t place = (token + m) * h.rows + row;
         if (job.linear->type == PREQUANT_FLOAT32) {
             float *output = static_cast<float *>(job.output) + place;
+            const float *residual = static_cast<const float *>(job.residual);
+            for (int r = 0; residual && r < rows; ++r) sums[m][r] += residual[place + r];
             for (int r = 0; r < rows; ++r) output[r] = sums[m][r];
         } else {
             uint16_t *output = static_cast<uint16_t *>(job.output) + place;
+            const uint16_t *residual = static_cast<const uint16_t *>(job.residual);
+            for (int r = 0; residual && r < rows; ++r) sums[m][r] += from_bfloat16(residual[place + r]);
             for (int r = 0; r < rows; ++r) output[r] = to_bfloat16(sums[m][r]);
         }
     }

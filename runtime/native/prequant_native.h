@@ -76,6 +76,8 @@ PREQUANT_API int32_t prequant_pack_panels(const prequant_weight *weight, void *p
 enum prequant_input { PREQUANT_INPUT_FLOAT = 0, PREQUANT_INPUT_DYNAMIC = 1, PREQUANT_INPUT_STATIC = 2 };
 enum prequant_type { PREQUANT_FLOAT32 = 0, PREQUANT_BFLOAT16 = 1 };
 
+enum prequant_activation { PREQUANT_IDENTITY = 0, PREQUANT_RELU = 1, PREQUANT_GELU = 2, PREQUANT_GELU_TANH = 3 };
+
 // A linear layer: what does not change from call to call.
 typedef struct {
     const void *panels;        // what prequant_pack_panels wrote
@@ -84,20 +86,22 @@ typedef struct {
     float input_zero;          // PREQUANT_INPUT_STATIC: the code of 0, less half of the levels
     int32_t input_levels;      // quantized inputs: 2 to 256
     int32_t input;             // enum prequant_input
-    int32_t type;              // enum prequant_type, of input and output
+    int32_t type;              // enum prequant_type, of input, residual and output
+    int32_t activation;        // enum prequant_activation
 } prequant_linear;
 
 // Bytes of scratch that prequant_run_linear takes for so many tokens and threads; -1 for panels that are none.
 PREQUANT_API int64_t prequant_linear_scratch(const prequant_linear *linear, int64_t tokens, int32_t threads);
 
-// output = quantized(input) @ W^T + bias, on [tokens][columns] and [tokens][rows], contiguous.
+// output = activation(quantized(input) @ W^T + bias) + residual, from [tokens][columns] to [tokens][rows], contiguous;
+// the residual, as large as the output, may be null.
 //
 // Quantized inputs are integers a in the range of input_levels around 0: `dynamic` scales each token by its largest
 // magnitude (PREQUANT_INPUT_DYNAMIC), `static` all by input_scale. Sums of a * u are exact; all else is float32. A token
 // that holds NaN or infinity gives NaN throughout. `isa` is one of prequant_isa's names.
-PREQUANT_API int32_t prequant_run_linear(const prequant_linear *linear, const void *input, void *output,
-                                         int64_t tokens, void *scratch, int64_t scratch_bytes, int32_t threads,
-                                         const char *isa);
+PREQUANT_API int32_t prequant_run_linear(const prequant_linear *linear, const void *input, const void *residual,
+                                         void *output, int64_t tokens, void *scratch, int64_t scratch_bytes,
+                                         int32_t threads, const char *isa);
 
 #ifdef __cplusplus
 }

@@ -41,12 +41,22 @@ class Layer:
         parts = (self.codes, self.scale, self.zero_point, self.outliers)
         return reference.packed_weight(*parts, self.format, self.columns).double()
 
-    def __call__(self, input: Tensor, input_format: str = "", *input_parts: Tensor, bias: bool = True) -> Tensor:
+    def __call__(
+        self,
+        input: Tensor,
+        input_format: str = "",
+        *input_parts: Tensor,
+        bias: bool = True,
+        activation: str = "",
+        residual: Tensor | None = None,
+    ) -> Tensor:
         sparse = (None, None, None, False) if self.outliers is None else tuple(self.outliers)
         return ops.packed_linear(
             *(input, self.codes, self.scale, self.zero_point, *sparse, self.bias if bias else None),
             *(input_parts or (None, None)),
+            residual,
             format=str(self.format),
             columns=self.columns,
             input_format=input_format,
+            activation=activation,
         )

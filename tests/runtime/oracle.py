@@ -111,11 +111,12 @@ class Weight:
     def options(self) -> dict[str, Any]:
         return {"format": str(self.format), "columns": self.columns}
 
-    def linear(self, input: Tensor, bias: Tensor | None = None, *scale: Tensor, input_format: str = "") -> Tensor:
+    def linear(
+        self, input: Tensor, bias: Tensor | None = None, *scale: Tensor, residual: Tensor | None = None, **options: str
+    ) -> Tensor:
         input_scale, input_zero = (*scale, None, None)[:2]
-        return ops.packed_linear(
-            input, *self.operands(), bias, input_scale, input_zero, **self.options(), input_format=input_format
-        )
+        operands = (input, *self.operands(), bias, input_scale, input_zero, residual)
+        return ops.packed_linear(*operands, **self.options(), **options)
 
     def embedding(self, ids: Tensor, **options: Any) -> Tensor:
         return ops.packed_embedding(ids, *self.operands(), **self.options(), **options)

@@ -129,8 +129,9 @@ def test_a_backend_sees_parsed_formats_and_gathered_outliers() -> None:
         ops.packed_linear(input, codes, scale, None, *sparse, True, bias, None, None, **options)
     (arguments,) = spy.ran
     assert arguments == spy.asked[0]
-    format, *tensors, columns, input_format = arguments
+    format, *tensors, columns, input_format, activation, residual = arguments
     assert format == FORMAT and input_format == WeightFormat.affine(8) and columns == COLUMNS
+    assert activation == "" and residual is None
     assert isinstance(tensors[4], Outliers) and tensors[4].replace
     assert [tensors[i].data_ptr() for i in (0, 1, 2, 5)] == [t.data_ptr() for t in (input, codes, scale, bias)]
     assert tensors[3] is tensors[6] is tensors[7] is None

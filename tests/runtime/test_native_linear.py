@@ -1,5 +1,6 @@
 """The native kernels against float64, on every instruction set that this processor has."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -114,6 +115,41 @@ def test_bfloat16_in_and_out(isa: str, mode: str) -> None:
         assert result.dtype is torch.bfloat16
         seen = quantized(input.float(), mode)[0]  # the kernels round the result alone
         assert_linear(result, seen, layer, 0.004)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh"])
+@pytest.mark.usefixtures("kernels_only")
+def test_activations_and_residuals(isa: str, activation: str) -> None:
+    layer = Layer("affine4:row", 40, 64, "add")
+    layer.bias = torch.linspace(-9, 9, 40)  # results reach far to both sides of 0
+    truth: Any = {
+        "relu": torch.relu,
+        "gelu": torch.nn.functional.gelu,
+        "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+    }[activation]
+    for tokens in (1, 40):
+        input, residual = torch.randn(tokens, 64), torch.randn(tokens, 40)
+        before = layer(input).double()
+        assert float(before.min()) < -8 and float(before.max()) > 8
+        expected = truth(before)
+        result = layer(input, activation=activation)
+        torch.testing.assert_close(result.double(), expected, rtol=5e-6, atol=1e-9)
+        added = layer(input, activation=activation, residual=residual)
+        torch.testing.assert_close(added, result + residual, rtol=1e-6, atol=1e-6)
+        half = layer(input.bfloat16(), activation=activation, residual=residual.bfloat16())
+        assert half.dtype is torch.bfloat16
+        torch.testing.assert_close(half.float(), added, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.usefixtures("kernels_only")
+def test_activations_of_what_is_not_ordinary(isa: str) -> None:
+    layer = Layer("affine8:row", 6, 32)
+    layer.codes = torch.full_like(layer.codes, 128)  # a weight of zeros: the result is the bias
+    layer.bias = torch.tensor([float("nan"), float("inf"), 0.0, -0.0, 1e30, -1e30])
+    expected = torch.tensor([float("nan"), float("inf"), 0.0, 0.0, 1e30, 0.0])  # torch's gelu says NaN for infinity
+    for activation in ("relu", "gelu", "gelu_tanh"):
+        result = layer(torch.ones(1, 32), activation=activation)[0]
+        torch.testing.assert_close(result, expected, equal_nan=True)
 
 
 @pytest.mark.usefixtures("kernels_only")

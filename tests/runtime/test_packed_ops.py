@@ -1,13 +1,15 @@
 """The packed ops against slow float64 NumPy, and against the simulated expression that they stand for."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from prequant.runtime import Granularity, WeightFormat, ops
+from prequant.runtime import FormatError, Granularity, WeightFormat, ops
 
 from .oracle import COLUMNS, FEW, FORMATS, ROWS, Weight, assert_close, strided, true_codes, true_weight
 
@@ -183,3 +185,43 @@ def test_no_op_writes_to_its_arguments() -> None:
         weight.embedding(torch.tensor([1, 1, 3]))
         ops.dequantize(weight.codes, weight.scale, weight.zero_point, **weight.options())
         assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
+
+
+# ---- epilogues -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("input_format", ["", "affine8:row"])
+@pytest.mark.parametrize("activation", ["", "relu", "gelu", "gelu_tanh"])
+def test_an_epilogue_computes_and_learns_as_its_parts_do(activation: str, input_format: str) -> None:
+    weight = Weight(WeightFormat.affine(4), outliers="add")
+    assert weight.values is not None
+    residual, bias = torch.randn(7, ROWS), torch.randn(ROWS)
+    trained = [torch.randn(7, COLUMNS), residual, bias, weight.scale, weight.values]
+    parts: dict[str, Callable[[Tensor], Tensor]] = {
+        "": lambda output: output,
+        "relu": torch.relu,
+        "gelu": torch.nn.functional.gelu,
+        "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+    }
+    results = []
+    for fused in (True, False):
+        for tensor in trained:
+            tensor.requires_grad_().grad = None
+        if fused:
+            options: dict[str, Any] = {"activation": activation, "residual": residual}
+            output = weight.linear(trained[0], bias, input_format=input_format, **options)
+        else:
+            output = parts[activation](weight.linear(trained[0], bias, input_format=input_format)) + residual
+        output.square().sum().backward()
+        results.append([output.detach(), *(tensor.grad for tensor in trained)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_an_epilogue_that_does_not_fit_is_refused() -> None:
+    weight, input = Weight(WeightFormat.affine(4)), torch.randn(3, COLUMNS)
+    with pytest.raises(FormatError, match=r"activation 'silu' is none of '', 'relu', 'gelu', 'gelu_tanh'"):
+        weight.linear(input, activation="silu")
+    for residual in (torch.randn(ROWS), torch.randn(3, ROWS + 1), torch.randn(3, ROWS).double()):
+        with pytest.raises(FormatError, match=r"a residual \[.*\] of torch.float.. does not fit a result \[3, 5\]"):
+            weight.linear(input, residual=residual)

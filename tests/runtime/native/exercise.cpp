@@ -87,7 +87,7 @@ bool fails(const Case &c, const char *isa) {
     const int64_t size = prequant_linear_scratch(&linear, c.tokens, 3);
     if (size < 0) return true;
     Memory scratch(size < 64 ? 64 : size);
-    if (prequant_run_linear(&linear, input.data(), output.data(), c.tokens, scratch.bytes, size, 3, isa)) return true;
+    if (prequant_run_linear(&linear, input.data(), nullptr, output.data(), c.tokens, scratch.bytes, size, 3, isa)) return true;
 
     std::vector<int64_t> rows(static_cast<size_t>(c.tokens));
     for (auto &row : rows) row = between(0, c.rows - 1);
