@@ -8,6 +8,7 @@ from .calibrate import CalibrationError, calibrate
 from .canonicalize import Canonicalize
 from .config import ConfigError
 from .freeze import Freeze
+from .fuse_epilogue import FuseEpilogue
 from .lower import Lower, lower
 from .observers import Damage, Dump, Observer, Step, Timing, Verify
 from .options import Option, OptionError
@@ -34,6 +35,7 @@ __all__ = [
     "Damage",
     "Dump",
     "Freeze",
+    "FuseEpilogue",
     "Input",
     "Lower",
     "Observer",

@@ -13,6 +13,8 @@ from prequant.runtime import ops
 
 from .aliasing import is_view
 from .base import PassError, Report, WeightPass
+from .fuse_epilogue import FuseEpilogue
+from .pipeline import Pipeline
 from .program import Program
 from .properties import operands_of
 from .scope import Scope
@@ -192,5 +194,8 @@ def _is_matrix(tensor: Tensor) -> bool:
 
 
 def lower(program: Program, strict: bool = False) -> Program:
-    """The program with every weight expression lowered; what was lowered and what was kept is in its reports."""
-    return Lower(strict=strict)(program)
+    """The program with every weight expression lowered, and what follows packed linears fused into them.
+
+    What was lowered, kept and fused is in its reports: the last two are of ``lower`` and of ``fuse-epilogue``.
+    """
+    return Pipeline([Lower(strict=strict), FuseEpilogue()])(program)
