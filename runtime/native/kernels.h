@@ -8,6 +8,9 @@
 
 namespace prequant {
 
+constexpr int64_t kTokenBlock = 32;
+constexpr int64_t kFewestByColumns = 8;
+
 // One call, as the kernels see it. Tokens of quantized inputs are padded with 0 to `stride` bytes each.
 struct Job {
     const prequant_linear *linear;
@@ -15,15 +18,26 @@ struct Job {
     const void *input, *residual;
     void *output;
     int64_t tokens;
-    int64_t stride;       // columns, rounded up to whole blocks
+    int64_t stride;       // of a token; at least the columns of all blocks, filled up with 0
     int8_t *codes;        // [tokens][stride], quantized inputs
     float *scales;        // [tokens]
     int32_t *sums;        // [tokens][groups]: sum of a token's codes over each group
     float *float_sums;    // the same of inputs that stay float, in the same place
     float *floats;        // [tokens][stride], inputs that stay float
+    // Codes or floats once more, by columns: [blocks of kTokenBlock tokens][stride][kTokenBlock]. For outliers, which
+    // read one column of all tokens; null where there are none, or too few tokens for it to pay.
+    int8_t *code_columns;
+    float *float_columns;
     uint8_t *own;         // scratch of each thread
     int64_t own_bytes;
 };
+
+// Tokens lie an odd number of cache lines apart: at 4096 bytes, all rows of a tile would fall into one set of the cache,
+// and wait for every store at the same place of a page.
+inline int64_t stride_of(const PanelsHeader &h) {
+    const int64_t lines = h.blocks * kBlockColumns / 64;
+    return (lines | 1) * 64;
+}
 
 struct Kernels {
     const char *isa;

@@ -89,20 +89,27 @@ struct Tiles {
 
     // T tiles of tokens, N panels.
     template <int T, int N> void run(int64_t token, PanelSums *sums) const {
-        for (int n = 0; n < N; ++n) std::memset(sums[n], 0, sizeof sums[n]);
         alignas(64) int32_t products[2][2][kTile][kPanelRows];
         for (int64_t term = 0; term < h.terms; ++term) {
             const int8_t *codes = unpacked + term * 2 * panel_bytes();
             for (int64_t g = 0; g < h.groups; ++g) {
                 const int64_t first = g * h.group_blocks * kBlockColumns;
                 const int64_t end = first + static_cast<int64_t>(h.group_blocks) * kBlockColumns;
-                multiply<T, N>(token, codes, first, end < job.stride ? end : job.stride);
+                const int64_t columns_of_all = h.blocks * kBlockColumns;
+                multiply<T, N>(token, codes, first, end < columns_of_all ? end : columns_of_all);
                 _tile_stored(0, products[0][0], 64);
                 if (N == 2) _tile_stored(1, products[0][1], 64);
                 if (T == 2) _tile_stored(2, products[1][0], 64);
                 if (T == 2 && N == 2) _tile_stored(3, products[1][1], 64);
                 for (int n = 0; n < N; ++n) {
-                    for (int t = 0; t < T; ++t) scale(token + t * kTile, term, g, n, products[t][n], sums[n] + t * kTile);
+                    for (int t = 0; t < T; ++t) {
+                        const Part part{token + t * kTile, term, g, n, products[t][n], sums[n] + t * kTile};
+                        if (term + g == 0) {
+                            scale<true>(part);
+                        } else {
+                            scale<false>(part);
+                        }
+                    }
                 }
             }
         }
@@ -130,19 +137,37 @@ struct Tiles {
         }
     }
 
-    void scale(int64_t token, int64_t term, int64_t g, int n, const int32_t (*products)[kPanelRows],
-               float (*sums)[kPanelRows]) const {
-        const int64_t place = (((panel + n) * h.terms + term) * h.groups + g) * kPanelRows;
+    // Where the products of a tile with one group of codes go.
+    struct Part {
+        int64_t token, term, group;
+        int panel;
+        const int32_t (*products)[kPanelRows];
+        float (*sums)[kPanelRows];
+    };
+
+    // Adds the products, scaled, to the sums, or begins them.
+    template <bool First> void scale(const Part &part) const {
+        const int64_t place = (((panel + part.panel) * h.terms + part.term) * h.groups + part.group) * kPanelRows;
         const __m512 scales = _mm512_loadu_ps(job.panels.scales + place);
-        const __m512 zeros = job.panels.zeros ? _mm512_loadu_ps(job.panels.zeros + place) : _mm512_setzero_ps();
-        for (int m = 0; m < kTile; ++m) {
-            __m512 value = _mm512_cvtepi32_ps(_mm512_load_si512(products[m]));
-            if (job.panels.zeros && token + m < job.tokens) {
-                const float input_sum = static_cast<float>(job.sums[(token + m) * h.groups + g]);
-                value = _mm512_fnmadd_ps(zeros, _mm512_set1_ps(input_sum), value);
+        if (job.panels.zeros) {
+            const __m512 zeros = _mm512_loadu_ps(job.panels.zeros + place);
+            for (int m = 0; m < kTile; ++m) {
+                const int64_t token = part.token + m;
+                const int32_t input_sum = token < job.tokens ? job.sums[token * h.groups + part.group] : 0;
+                const __m512 value = _mm512_cvtepi32_ps(_mm512_load_si512(part.products[m]));
+                add<First>(part.sums[m], scales,
+                           _mm512_fnmadd_ps(zeros, _mm512_set1_ps(static_cast<float>(input_sum)), value));
             }
-            _mm512_storeu_ps(sums[m], _mm512_fmadd_ps(value, scales, _mm512_loadu_ps(sums[m])));
+            return;
         }
+        for (int m = 0; m < kTile; ++m) {
+            add<First>(part.sums[m], scales, _mm512_cvtepi32_ps(_mm512_load_si512(part.products[m])));
+        }
+    }
+
+    template <bool First> static void add(float *sums, __m512 scales, __m512 value) {
+        const __m512 before = First ? _mm512_setzero_ps() : _mm512_loadu_ps(sums);
+        _mm512_storeu_ps(sums, _mm512_fmadd_ps(value, scales, before));
     }
 
     template <int N> void all_tokens() const {

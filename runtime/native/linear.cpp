@@ -22,11 +22,11 @@ bool valid(const void *memory) {
 bool quantized(const prequant_linear &linear) { return linear.input != PREQUANT_INPUT_FLOAT; }
 
 struct Scratch {
-    int64_t codes, scales, sums, floats, own, total;
+    int64_t codes, scales, sums, floats, columns, own, total;
 
     Scratch(const prequant_linear &linear, int64_t tokens, int64_t own_bytes, int32_t threads) {
         const PanelsHeader &h = *panels_of(linear.panels).header;
-        const int64_t stride = h.blocks * kBlockColumns;
+        const int64_t stride = stride_of(h);
         total = 0;
         const auto section = [this](int64_t bytes) {
             const int64_t start = total;
@@ -39,6 +39,8 @@ struct Scratch {
         scales = section(integers ? tokens * 4 : 0);
         sums = section(tokens * h.groups * 4);
         floats = section(integers ? 0 : tokens * stride * 4);
+        const int64_t by_columns = h.outliers && tokens >= kFewestByColumns ? round_up(tokens, kTokenBlock) : 0;
+        columns = section(by_columns * stride * (integers ? 1 : 4));
         own = section(threads * round_up(own_bytes, 64));
     }
 };
@@ -99,12 +101,19 @@ PREQUANT_API int32_t prequant_run_linear(const prequant_linear *linear, const vo
     job.residual = residual;
     job.output = output;
     job.tokens = tokens;
-    job.stride = h.blocks * kBlockColumns;
+    job.stride = stride_of(h);
     job.codes = reinterpret_cast<int8_t *>(base + places.codes);
     job.scales = reinterpret_cast<float *>(base + places.scales);
     job.sums = reinterpret_cast<int32_t *>(base + places.sums);
     job.float_sums = reinterpret_cast<float *>(base + places.sums);
     job.floats = reinterpret_cast<float *>(base + places.floats);
+    if (h.outliers && tokens >= kFewestByColumns) {
+        if (quantized(*linear)) {
+            job.code_columns = reinterpret_cast<int8_t *>(base + places.columns);
+        } else {
+            job.float_columns = reinterpret_cast<float *>(base + places.columns);
+        }
+    }
     job.own = base + places.own;
     job.own_bytes = round_up(own_bytes_of(*linear, tokens), 64);
 

@@ -75,6 +75,12 @@ struct Tokens {
     void finish_floats(int64_t token, float *row) const {
         for (int64_t k = columns; k < job.stride; ++k) row[k] = 0.0f;
         if (job.panels.zeros) sum_groups(row, job.float_sums + token * job.panels.header->groups);
+        if (job.float_columns) write_columns(token, row, job.float_columns);
+    }
+
+    template <class Value> void write_columns(int64_t token, const Value *row, Value *columns) const {
+        columns += token / kTokenBlock * kTokenBlock * job.stride + token % kTokenBlock;
+        for (int64_t k = 0; k < job.stride; ++k) columns[k * kTokenBlock] = row[k];
     }
 
     template <class Read> void quantize(int64_t token, Read read) const {
@@ -119,6 +125,7 @@ struct Tokens {
             job.scales[token] = scale;
         }
         sum_groups(codes, job.sums + token * job.panels.header->groups);
+        if (job.code_columns) write_columns(token, codes, job.code_columns);
     }
 
     template <class Value, class Sum> void sum_groups(const Value *row, Sum *sums) const {
@@ -153,38 +160,62 @@ inline void activate(int32_t activation, float *values) {
     }
 }
 
-// Adds what codes do not hold to `sums` [tokens][16] of a panel's rows, and writes them out.
-inline void finish(const Job &job, int64_t panel, int64_t token, int count, float (*sums)[kPanelRows]) {
-    const PanelsHeader &h = *job.panels.header;
-    const int64_t row = panel * kPanelRows;
-    const int rows = static_cast<int>(h.rows - row < kPanelRows ? h.rows - row : kPanelRows);
-    const bool integers = job.linear->input != PREQUANT_INPUT_FLOAT;
-    if (job.panels.outlier_offsets) {
-        for (int r = 0; r < rows; ++r) {
-            const int32_t *offsets = job.panels.outlier_offsets + row + r;
-            for (int32_t i = offsets[0]; i < offsets[1]; ++i) {
-                const int32_t column = job.panels.outlier_columns[i];
-                const float value = job.panels.outlier_values[i];
-                for (int m = 0; m < count; ++m) {
-                    const int64_t place = (token + m) * job.stride + column;
-                    sums[m][r] += value * (integers ? static_cast<float>(job.codes[place]) : job.floats[place]);
-                }
+// Adds the outliers' products of some rows with `count` tokens, which begin at `inputs`.
+template <class Value>
+void add_outliers(const Job &job, const Value *inputs, int64_t row, int rows, int count, float (*sums)[kPanelRows]) {
+    for (int r = 0; r < rows; ++r) {
+        const int32_t *offsets = job.panels.outlier_offsets + row + r;
+        for (int32_t i = offsets[0]; i < offsets[1]; ++i) {
+            const Value *column = inputs + job.panels.outlier_columns[i];
+            for (int m = 0; m < count; ++m) {
+                sums[m][r] += job.panels.outlier_values[i] * static_cast<float>(column[m * job.stride]);
+            }
+        }
+    }
+}
+
+// The same from inputs by columns, where all tokens of a block lie side by side; `count` does not leave the block.
+template <class Value>
+void add_outliers_by_columns(const Job &job, const Value *columns, int64_t row, int rows, int64_t token, int count,
+                             float (*sums)[kPanelRows]) {
+    columns += token / kTokenBlock * kTokenBlock * job.stride + token % kTokenBlock;
+    alignas(64) float of_row[kPanelRows][kTokenBlock];
+    for (int r = 0; r < rows; ++r) {
+        const int32_t *offsets = job.panels.outlier_offsets + row + r;
+        for (int m = 0; m < count; ++m) of_row[r][m] = 0.0f;
+        for (int32_t i = offsets[0]; i < offsets[1]; ++i) {
+            const Value *column = columns + job.panels.outlier_columns[i] * kTokenBlock;
+            const float value = job.panels.outlier_values[i];
+            if (count == kTokenBlock) {  // as a number the compiler knows
+                for (int m = 0; m < kTokenBlock; ++m) of_row[r][m] += value * static_cast<float>(column[m]);
+            } else {
+                for (int m = 0; m < count; ++m) of_row[r][m] += value * static_cast<float>(column[m]);
             }
         }
     }
     for (int m = 0; m < count; ++m) {
-        if (integers) {
-            const float scale = job.scales[token + m];
-            const float zero = job.linear->input == PREQUANT_INPUT_STATIC ? job.linear->input_zero : 0.0f;
-            const float *totals = job.panels.sums + row;
-            for (int r = 0; r < kPanelRows; ++r) sums[m][r] = (sums[m][r] - zero * totals[r]) * scale;
-        }
-        if (job.linear->bias) {
-            for (int r = 0; r < rows; ++r) sums[m][r] += job.linear->bias[row + r];
-        }
-        activate(job.linear->activation, sums[m]);
-        const int64_t place = (token + m) * h.rows + row;
-        if (job.linear->type == PREQUANT_FLOAT32) {
+        for (int r = 0; r < rows; ++r) sums[m][r] += of_row[r][m];
+    }
+}
+
+// Scale, bias, activation and residual, then the output. Rows: how many there are, or 0 if only `rows` knows: with a
+// number the compiler makes one vector of them.
+template <int Rows>
+void write_out(const Job &job, int64_t row, int rows_left, int64_t token, int count, float (*sums)[kPanelRows]) {
+    const int rows = Rows ? Rows : rows_left;
+    const prequant_linear &linear = *job.linear;
+    const int64_t width = job.panels.header->rows;
+    alignas(64) float offsets[kPanelRows] = {}, bias[kPanelRows] = {};
+    for (int r = 0; linear.bias && r < rows; ++r) bias[r] = linear.bias[row + r];
+    if (linear.input == PREQUANT_INPUT_STATIC) {
+        for (int r = 0; r < rows; ++r) offsets[r] = linear.input_zero * job.panels.sums[row + r];
+    }
+    for (int m = 0; m < count; ++m) {
+        const float scale = linear.input == PREQUANT_INPUT_FLOAT ? 1.0f : job.scales[token + m];
+        for (int r = 0; r < kPanelRows; ++r) sums[m][r] = (sums[m][r] - offsets[r]) * scale + bias[r];
+        if (linear.activation != PREQUANT_IDENTITY) activate(linear.activation, sums[m]);
+        const int64_t place = (token + m) * width + row;
+        if (linear.type == PREQUANT_FLOAT32) {
             float *output = static_cast<float *>(job.output) + place;
             const float *residual = static_cast<const float *>(job.residual);
             for (int r = 0; residual && r < rows; ++r) sums[m][r] += residual[place + r];
@@ -195,6 +226,30 @@ inline void finish(const Job &job, int64_t panel, int64_t token, int count, floa
             for (int r = 0; residual && r < rows; ++r) sums[m][r] += from_bfloat16(residual[place + r]);
             for (int r = 0; r < rows; ++r) output[r] = to_bfloat16(sums[m][r]);
         }
+    }
+}
+
+// Adds what codes do not hold to `sums` [tokens][16] of a panel's rows, and writes them out.
+inline void finish(const Job &job, int64_t panel, int64_t token, int count, float (*sums)[kPanelRows]) {
+    const PanelsHeader &h = *job.panels.header;
+    const int64_t row = panel * kPanelRows;
+    const int rows = static_cast<int>(h.rows - row < kPanelRows ? h.rows - row : kPanelRows);
+    const bool integers = job.linear->input != PREQUANT_INPUT_FLOAT;
+    if (job.panels.outlier_offsets) {
+        if (job.code_columns) {
+            add_outliers_by_columns(job, job.code_columns, row, rows, token, count, sums);
+        } else if (job.float_columns) {
+            add_outliers_by_columns(job, job.float_columns, row, rows, token, count, sums);
+        } else if (integers) {
+            add_outliers(job, job.codes + token * job.stride, row, rows, count, sums);
+        } else {
+            add_outliers(job, job.floats + token * job.stride, row, rows, count, sums);
+        }
+    }
+    if (rows == kPanelRows) {
+        write_out<kPanelRows>(job, row, rows, token, count, sums);
+    } else {
+        write_out<0>(job, row, rows, token, count, sums);
     }
 }
 

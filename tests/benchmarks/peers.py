@@ -1,13 +1,15 @@
 """The peers of the benchmark of a linear layer: torch, oneDNN, ONNX Runtime and OpenVINO, as each wants to be called.
 
-llama.cpp's kernels are not here: ``llama-cpp-python`` has no wheels on PyPI and takes long to build. torchao's CPU
-linears are calls of torch operators that are.
+llama.cpp's kernels are not here: ``llama-cpp-python`` has no wheels on PyPI and takes long to build. Nor is torchao:
+its wheel declares linears for x86 (``da8w4_linear_cpu``) but has no CPU kernels for them; what else it runs are torch
+operators that are here.
 """
 
 import contextlib
 import functools
 import importlib
 import io
+import logging
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -49,7 +51,7 @@ def symmetric_codes(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tens
 # ---- torch -----------------------------------------------------------------------------------------------------------
 
 
-class TorchFloat(Contender):  # type: ignore[misc]
+class TorchFloat(Contender):
     """``torch.nn.functional.linear``."""
 
     def __init__(self, name: str, bits: int, arithmetic: str, dtype: torch.dtype) -> None:
@@ -67,7 +69,7 @@ class TorchFloat(Contender):  # type: ignore[misc]
         return [partial(torch.nn.functional.linear, input, copy) for copy in self.copies]
 
 
-class TorchInt4(Contender):  # type: ignore[misc]
+class TorchInt4(Contender):
     """``aten._weight_int4pack_mm_for_cpu``, groups of 64, on bfloat16: with float32 inputs it is many times slower."""
 
     bits, arithmetic, input_bytes = 4, "bf16", 2
@@ -87,7 +89,7 @@ class TorchInt4(Contender):  # type: ignore[misc]
         return [partial(multiply, input, packed, GROUP, scales) for packed, scales in self.copies]
 
 
-class OneDnnStatic(Contender):  # type: ignore[misc]
+class OneDnnStatic(Contender):
     """``onednn.qlinear_pointwise``: the input has a known scale and is quantized already, which is not counted; the
     weight has a scale for each row; the output is float32."""
 
@@ -104,13 +106,13 @@ class OneDnnStatic(Contender):  # type: ignore[misc]
     def calls(self, input: Tensor) -> list[Call]:
         quantized = (torch.round(input / self.input_scale) + 128).to(torch.uint8)
         multiply = torch.ops.onednn.qlinear_pointwise.default
-        rest = (self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], "")
+        rest: tuple[Any, ...] = (self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], "")
         # Packed anew for each M, as oneDNN's layout may depend on it.
         packed = [torch.ops.onednn.qlinear_prepack(self.codes, list(input.shape)) for _ in self.rotation]
         return [partial(multiply, quantized, self.input_scale, 128, copy, *rest) for copy in packed]
 
 
-class TorchInt8(Contender):  # type: ignore[misc]
+class TorchInt8(Contender):
     """``quantized.linear_dynamic``, what dynamically quantized torch modules run."""
 
     bits, arithmetic = 8, "int8"
@@ -149,7 +151,7 @@ def onnxruntime_on(threads: int) -> ModuleType:
     return runtime
 
 
-class OnnxOperator(Contender):  # type: ignore[misc]
+class OnnxOperator(Contender):
     """One operator of ONNX Runtime, a session for each copy; called with inputs and outputs bound, its fastest way."""
 
     library = "onnxruntime"
@@ -207,9 +209,9 @@ class OnnxNBits(OnnxOperator):
     def prepare(self, layer: Layer) -> None:
         rows, columns = layer.weight.shape
         codes, scale, meant = symmetric_codes(layer.weight, self.bits, GROUP)
-        codes = (codes + 2 ** (self.bits - 1)).to(torch.uint8).view(rows, columns // GROUP, GROUP)
-        in_byte = 8 // self.bits
-        packed = sum((codes[..., i::in_byte] << (self.bits * i) for i in range(in_byte)), torch.zeros((), dtype=torch.uint8))
+        unsigned = (codes.int() + 2 ** (self.bits - 1)).view(rows, columns // GROUP, GROUP // (8 // self.bits), -1)
+        # The first code of a byte in its lowest bits.
+        packed = (unsigned << (torch.arange(8 // self.bits) * self.bits)).sum(-1).to(torch.uint8)
         attributes = {"K": columns, "N": rows, "bits": self.bits, "block_size": GROUP, "accuracy_level": 4}
         self.open(layer, {"B": packed, "scales": scale}, attributes)
         self.expect(layer, meant)
@@ -230,7 +232,7 @@ class OnnxDynamic(OnnxOperator):
 # ---- OpenVINO --------------------------------------------------------------------------------------------------------
 
 
-class OpenVino(Contender):  # type: ignore[misc]
+class OpenVino(Contender):
     """A product whose weight NNCF has compressed: 4 bits in groups of 64, or 8 bits a row, with zero points. The rest
     is OpenVINO's default: it computes in bf16 where the processor can, and quantizes inputs as it sees fit."""
 
@@ -245,18 +247,16 @@ class OpenVino(Contender):  # type: ignore[misc]
     def prepare(self, layer: Layer) -> None:
         import openvino
 
-        rows, columns = layer.weight.shape
         core = openvino.Core()
+        core.set_property({"ENABLE_MMAP": False})  # or all copies would be the same pages of a file
         options = {"INFERENCE_NUM_THREADS": layer.threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
-        self.bytes = rows * (columns + 3) if self.bits == 8 else rows * columns // GROUP * (GROUP // 2 + 2)
         self.requests = []
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "linear.xml"
             openvino.save_model(self._compressed(layer.weight), path, compress_to_fp16=False)
+            self.bytes = path.with_suffix(".bin").stat().st_size
             for _ in layer.copies(self.bytes):
-                # Read each time, so that no two share their weight's memory.
-                weights = openvino.Tensor(torch.frombuffer(bytearray(path.with_suffix(".bin").read_bytes()), dtype=torch.uint8).numpy())
-                model = core.read_model(path.read_text(), weights)
+                model = core.read_model(path)
                 self.requests.append(core.compile_model(model, "CPU", options).create_infer_request())
         self.tensor = openvino.Tensor
         self.expect(layer, layer.weight)
@@ -266,10 +266,11 @@ class OpenVino(Contender):  # type: ignore[misc]
         import openvino
         from openvino import opset13
 
+        nncf.set_log_level(logging.WARNING)
         input = opset13.parameter([-1, weight.shape[1]], weight.numpy().dtype, name="input")
         product = opset13.matmul(input, opset13.constant(weight.numpy()), False, True)
         model = openvino.Model([product], [input], "linear")
-        with contextlib.redirect_stdout(io.StringIO()):  # tables and bars of progress
+        with contextlib.redirect_stdout(io.StringIO()):  # bars of progress
             if self.bits == 8:
                 return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
             mode = nncf.CompressWeightsMode.INT4_ASYM

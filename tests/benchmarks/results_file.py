@@ -1,5 +1,6 @@
 """How benchmarks write down what they measured: a table for readers, and the same as JSON."""
 
+import contextlib
 import json
 import os
 import platform
@@ -7,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +51,31 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write(
-    name: str, title: str, command: Sequence[str], notes: str, tables: Mapping[str, Sequence[Mapping[str, Any]]]
+    name: str,
+    title: str,
+    command: Sequence[str],
+    notes: str,
+    tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    folder: Path = RESULTS,
+    threads: str = "",
+    packages: Sequence[str] = (),
+    measurements: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write ``results/<name>.md`` and ``.json``: title, the command that makes it, the circumstances, then each table
-    by heading."""
+    """Write ``<folder>/<name>.md`` and ``.json``: title, the command that makes it, the circumstances, then each table
+    by heading.
+
+    ``threads`` says how many were used where that is not torch's number, ``packages`` which other packages the figures
+    depend on. ``measurements`` go into the JSON instead of the tables: the same figures, unrounded.
+    """
     versions = installed_versions()
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
     circumstances = {
         "date": date.today().isoformat(),
         "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
+        "threads": threads or torch.get_num_threads(),
         "versions": versions,
     }
     where = f"{circumstances['date']}; {circumstances['cpu']}, {circumstances['threads']} threads; "
@@ -65,10 +83,9 @@ def write(
     parts = [f"# {title}", f"```bash\n{shlex.join(command)}\n```", notes.strip(), where]
     for heading, rows in tables.items():
         parts += [f"## {heading}", markdown(rows)]
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.md"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    path.with_suffix(".json").write_text(
-        json.dumps({"circumstances": circumstances, "tables": dict(tables)}, indent=1) + "\n"
-    )
+    content = {"tables": dict(tables)} if measurements is None else dict(measurements)
+    path.with_suffix(".json").write_text(json.dumps({"circumstances": circumstances, **content}, indent=1) + "\n")
     return path

@@ -13,6 +13,9 @@ Call = Callable[[], object]
 BLOCK_SECONDS, LONGEST_BLOCK = 1e-3, 50
 """About how long one timed block of consecutive calls takes, and the most calls in it."""
 
+LONG_CALL_SECONDS = 0.02
+"""Calls so long need none before them that wakes their threads."""
+
 
 @dataclass(frozen=True)
 class Times:
@@ -32,16 +35,16 @@ def take_turns(rotations: Sequence[Sequence[Call]], repeats: int, warmup: int, p
     """
     for call in itertools.chain.from_iterable(rotations):
         call()
-    lengths = [_block_length(calls) for calls in rotations]
+    lengths = [_lengths(calls) for calls in rotations]
     cycles = [itertools.cycle(calls) for calls in rotations]
     seconds: list[list[float]] = [[] for _ in rotations]
     gc.collect()
     gc.disable()
     try:
         for turn in range(warmup + repeats):
-            for length, cycle, found in zip(lengths, cycles, seconds, strict=True):
+            for (lead, length), cycle, found in zip(lengths, cycles, seconds, strict=True):
                 time.sleep(pause)
-                for call in itertools.islice(cycle, -(-length // 4)):
+                for call in itertools.islice(cycle, lead):
                     call()
                 block = list(itertools.islice(cycle, length))
                 started = time.perf_counter()
@@ -55,11 +58,12 @@ def take_turns(rotations: Sequence[Sequence[Call]], repeats: int, warmup: int, p
     return [Times(*(float(np.percentile(found, percent)) for percent in (50, 10, 90))) for found in seconds]
 
 
-def _block_length(calls: Sequence[Call]) -> int:
-    """How many calls make a block."""
+def _lengths(calls: Sequence[Call]) -> tuple[int, int]:
+    """How many calls a turn makes before its block, and in it."""
     few = calls[:5]
     started = time.perf_counter()
     for call in few:
         call()
     each = (time.perf_counter() - started) / len(few)
-    return max(1, min(LONGEST_BLOCK, int(BLOCK_SECONDS / each)))
+    length = max(1, min(LONGEST_BLOCK, int(BLOCK_SECONDS / each)))
+    return 0 if each > LONG_CALL_SECONDS else -(-length // 4), length
