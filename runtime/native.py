@@ -9,6 +9,7 @@ import ctypes
 import functools
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -115,15 +116,22 @@ def detected_isa() -> str:
 
 @functools.cache
 def chosen_isa() -> str:
-    """The instruction set to use: that of ``PREQUANT_ISA`` if it is set, else the widest; ``reference`` without a
-    library.
+    """The instruction set to use: that of ``PREQUANT_ISA`` if it is set, else the widest.
 
-    Raises :class:`NativeLibraryError` for a name that is none, or a set that this processor does not have.
+    Without a library it is ``reference``, which is said once. Raises :class:`NativeLibraryError` for a name that is
+    none, or a set that this processor does not have.
     """
     wanted = os.environ.get("PREQUANT_ISA", "")
     if wanted and wanted not in (*ISAS, REFERENCE):
         raise NativeLibraryError(f"PREQUANT_ISA={wanted!r}: expected one of {', '.join((*ISAS, REFERENCE))}")
-    if wanted == REFERENCE or not (wanted or available()):
+    if not (wanted or available()):
+        warnings.warn(
+            f"{LIBRARY_NAME} is not installed: packed operators run on their reference implementation in PyTorch, "
+            "which is slower than float32. Install prequant where a C++17 compiler is at hand.",
+            stacklevel=2,
+        )
+        return REFERENCE
+    if wanted == REFERENCE:
         return REFERENCE
     widest = detected_isa()
     if wanted and ISAS.index(wanted) > ISAS.index(widest):

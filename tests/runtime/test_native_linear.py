@@ -302,6 +302,21 @@ def test_an_instruction_set_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) 
     native.chosen_isa.cache_clear()
 
 
+def test_without_a_library_the_reference_runs_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, calls: list[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.delenv("PREQUANT_ISA", raising=False)
+    monkeypatch.setattr(native, "available", lambda: False)
+    native.chosen_isa.cache_clear()
+    layer, input = Layer("affine4:row", 32, 64), torch.randn(3, 64)
+    for _ in range(3):
+        assert_linear(layer(input), input, layer)
+    native.chosen_isa.cache_clear()
+    assert calls == ["reference"] * 3
+    (warning,) = [str(item.message) for item in recwarn if "reference implementation" in str(item.message)]
+    assert warning.startswith("libprequant_native.so is not installed")
+
+
 def test_memory_that_holds_no_panels_is_refused(isa: str) -> None:
     layer, input = Layer("affine4:row", 32, 64), torch.randn(3, 64)
     layer(input)
