@@ -25,37 +25,32 @@ struct alignas(64) TileConfiguration {
     }
 };
 
+// One quad of a block as bytes: its bits of plane N, which stand `Low` bits up in the code, and of the planes after it.
+template <int B, int N, int Low> PREQUANT_INLINE __m512i quad_of(const uint8_t *plane, int quad) {
+    constexpr int kWidth = planes_of(B).width[N];
+    if constexpr (kWidth == 0) {
+        return _mm512_setzero_si512();
+    } else {
+        constexpr int kPerByte = 8 / kWidth;
+        const int shift = quad % kPerByte * kWidth - Low;
+        __m512i bits = Avx512::load(plane + quad / kPerByte * kVector);
+        // What comes over from the neighbouring byte is masked out.
+        if (shift > 0) bits = _mm512_srli_epi16(bits, static_cast<unsigned>(shift));
+        if (shift < 0) bits = _mm512_slli_epi16(bits, static_cast<unsigned>(-shift));
+        if (kWidth < 8) bits = _mm512_and_si512(bits, _mm512_set1_epi8(static_cast<char>(((1 << kWidth) - 1) << Low)));
+        return _mm512_or_si512(bits, quad_of<B, N + 1, Low + kWidth>(plane + kWidth * kVector, quad));
+    }
+}
+
 // The codes of one term of a panel as bytes multiple * u - subtrahend, [blocks][quads][64].
 template <int B> void unpack(const uint8_t *codes, int64_t blocks, int multiple, int subtrahend, int8_t *out) {
-    constexpr Planes P = planes_of(B);
     const __m512i offset = _mm512_set1_epi8(static_cast<char>(subtrahend));
+    const __m512i again = _mm512_set1_epi8(static_cast<char>(multiple == 2 ? 0xff : 0));
     for (int64_t block = 0; block < blocks; ++block, codes += B * kVector, out += kQuads * kVector) {
-        __m512i quads[kQuads];
-        const uint8_t *plane = codes;
-        int low = 0;
-        PREQUANT_UNROLL
-        for (int n = 0; n < 4; ++n) {
-            const int width = P.width[n];
-            if (!width) break;
-            const int per_byte = 8 / width;
-            const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << width) - 1));
-            PREQUANT_UNROLL
-            for (int quad = 0; quad < kQuads; ++quad) {
-                const int shift = quad % per_byte * width - low;
-                __m512i part = Avx512::load(plane + quad / per_byte * kVector);
-                // Bits that come over from the neighbouring byte are masked out.
-                if (shift > 0) part = _mm512_srli_epi16(part, static_cast<unsigned>(shift));
-                if (shift < 0) part = _mm512_slli_epi16(part, static_cast<unsigned>(-shift));
-                if (width < 8) part = _mm512_and_si512(part, _mm512_slli_epi16(mask, static_cast<unsigned>(low)));
-                quads[quad] = n ? _mm512_or_si512(quads[quad], part) : part;
-            }
-            plane += width * kVector;
-            low += width;
-        }
         PREQUANT_UNROLL
         for (int quad = 0; quad < kQuads; ++quad) {
-            const __m512i codes_of = quads[quad];
-            const __m512i scaled = multiple == 2 ? _mm512_add_epi8(codes_of, codes_of) : codes_of;
+            const __m512i u = quad_of<B, 0, 0>(codes, quad);
+            const __m512i scaled = _mm512_add_epi8(u, _mm512_and_si512(u, again));
             _mm512_storeu_si512(out + quad * kVector, _mm512_sub_epi8(scaled, offset));
         }
     }

@@ -35,8 +35,8 @@ PREQUANT_INLINE float from_bfloat16(uint16_t value) { return float_of(static_cas
 // Rounded to nearest even; NaN stays NaN.
 PREQUANT_INLINE uint16_t to_bfloat16(float value) {
     const uint32_t bits = bits_of(value);
-    if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
-    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    const uint32_t quiet = bits >> 16 | 0x40, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
 }
 
 constexpr uint32_t kMagnitude = 0x7fffffff, kInfinity = 0x7f800000;
@@ -147,16 +147,16 @@ inline void read_all_tokens(const Job &job, int64_t first, int64_t last) {
 
 // ---- what comes after the products ----------------------------------------------------------------------------------
 
-inline void activate(int32_t activation, float *values) {
+inline void activate(int32_t activation, float (&values)[kPanelRows]) {
     switch (activation) {
         case PREQUANT_RELU:
-            for (int r = 0; r < kPanelRows; ++r) values[r] = relu(values[r]);
+            for (float &value : values) value = relu(value);
             return;
         case PREQUANT_GELU:
-            for (int r = 0; r < kPanelRows; ++r) values[r] = gelu(values[r]);
+            for (float &value : values) value = gelu(value);
             return;
         case PREQUANT_GELU_TANH:
-            for (int r = 0; r < kPanelRows; ++r) values[r] = gelu_tanh(values[r]);
+            for (float &value : values) value = gelu_tanh(value);
     }
 }
 
@@ -212,19 +212,27 @@ void write_out(const Job &job, int64_t row, int rows_left, int64_t token, int co
     }
     for (int m = 0; m < count; ++m) {
         const float scale = linear.input == PREQUANT_INPUT_FLOAT ? 1.0f : job.scales[token + m];
-        for (int r = 0; r < kPanelRows; ++r) sums[m][r] = (sums[m][r] - offsets[r]) * scale + bias[r];
-        if (linear.activation != PREQUANT_IDENTITY) activate(linear.activation, sums[m]);
+        // In an array of its own, which can't overlap the output: the compiler may keep it in a register.
+        alignas(64) float values[kPanelRows];
+        for (int r = 0; r < kPanelRows; ++r) values[r] = (sums[m][r] - offsets[r]) * scale + bias[r];
+        if (linear.activation != PREQUANT_IDENTITY) activate(linear.activation, values);
         const int64_t place = (token + m) * width + row;
+        const auto size = static_cast<size_t>(rows);
         if (linear.type == PREQUANT_FLOAT32) {
-            float *output = static_cast<float *>(job.output) + place;
-            const float *residual = static_cast<const float *>(job.residual);
-            for (int r = 0; residual && r < rows; ++r) sums[m][r] += residual[place + r];
-            for (int r = 0; r < rows; ++r) output[r] = sums[m][r];
+            if (job.residual) {
+                alignas(64) float residual[kPanelRows] = {};
+                std::memcpy(residual, static_cast<const float *>(job.residual) + place, size * sizeof(float));
+                for (int r = 0; r < kPanelRows; ++r) values[r] += residual[r];
+            }
+            std::memcpy(static_cast<float *>(job.output) + place, values, size * sizeof(float));
         } else {
-            uint16_t *output = static_cast<uint16_t *>(job.output) + place;
-            const uint16_t *residual = static_cast<const uint16_t *>(job.residual);
-            for (int r = 0; residual && r < rows; ++r) sums[m][r] += from_bfloat16(residual[place + r]);
-            for (int r = 0; r < rows; ++r) output[r] = to_bfloat16(sums[m][r]);
+            alignas(32) uint16_t halves[kPanelRows] = {};
+            if (job.residual) {
+                std::memcpy(halves, static_cast<const uint16_t *>(job.residual) + place, size * sizeof(uint16_t));
+                for (int r = 0; r < kPanelRows; ++r) values[r] += from_bfloat16(halves[r]);
+            }
+            for (int r = 0; r < kPanelRows; ++r) halves[r] = to_bfloat16(values[r]);
+            std::memcpy(static_cast<uint16_t *>(job.output) + place, halves, size * sizeof(uint16_t));
         }
     }
 }
