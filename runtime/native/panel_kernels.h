@@ -30,6 +30,18 @@ using namespace prequant;
 
 // ---- numbers --------------------------------------------------------------------------------------------------------
 
+PREQUANT_INLINE uint32_t bits_of(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+PREQUANT_INLINE float float_of(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 PREQUANT_INLINE float from_bfloat16(uint16_t value) { return float_of(static_cast<uint32_t>(value) << 16); }
 
 // Rounded to nearest even; NaN stays NaN.
@@ -147,17 +159,13 @@ inline void read_all_tokens(const Job &job, int64_t first, int64_t last) {
 
 // ---- what comes after the products ----------------------------------------------------------------------------------
 
-inline void activate(int32_t activation, float (&values)[kPanelRows]) {
+inline PanelRow activate(int32_t activation, PanelRow values) {
     switch (activation) {
-        case PREQUANT_RELU:
-            for (float &value : values) value = relu(value);
-            return;
-        case PREQUANT_GELU:
-            for (float &value : values) value = gelu(value);
-            return;
-        case PREQUANT_GELU_TANH:
-            for (float &value : values) value = gelu_tanh(value);
+        case PREQUANT_RELU: return relu(values);
+        case PREQUANT_GELU: return gelu(values);
+        case PREQUANT_GELU_TANH: return gelu_tanh(values);
     }
+    return values;
 }
 
 // Adds the outliers' products of some rows with `count` tokens, which begin at `inputs`.
@@ -215,7 +223,12 @@ void write_out(const Job &job, int64_t row, int rows_left, int64_t token, int co
         // In an array of its own, which can't overlap the output: the compiler may keep it in a register.
         alignas(64) float values[kPanelRows];
         for (int r = 0; r < kPanelRows; ++r) values[r] = (sums[m][r] - offsets[r]) * scale + bias[r];
-        if (linear.activation != PREQUANT_IDENTITY) activate(linear.activation, values);
+        if (linear.activation != PREQUANT_IDENTITY) {
+            PanelRow row_of_panel;
+            std::memcpy(&row_of_panel, values, sizeof values);
+            row_of_panel = activate(linear.activation, row_of_panel);
+            std::memcpy(values, &row_of_panel, sizeof values);
+        }
         const int64_t place = (token + m) * width + row;
         const auto size = static_cast<size_t>(rows);
         if (linear.type == PREQUANT_FLOAT32) {
