@@ -158,7 +158,7 @@ class OnnxOperator(Contender):
     arithmetic = "int8"
     operator: str
 
-    def open(self, layer: Layer, constants: Mapping[str, Tensor], attributes: Mapping[str, int]) -> None:
+    def open(self, layer: Layer, constants: Mapping[str, Tensor], attributes: Mapping[str, Any]) -> None:
         """Make the sessions of ``operator(A, *constants)``."""
         from onnx import TensorProto, helper, numpy_helper
 
