@@ -74,7 +74,7 @@ class PreQuant(Recipe):
     """Bits of the inputs of linears, dynamically per token; 0 leaves them in float."""
     training: TrainingSettings = field(
         default_factory=lambda: TrainingSettings(
-            learning_rate=1e-3, head_learning_rate=1e-3, weight_decay=0.0, dropout=False
+            learning_rate=1.5e-3, head_learning_rate=1e-3, weight_decay=0.0, dropout=False
         ),
         kw_only=True,
     )
