@@ -13,7 +13,6 @@ from . import reference
 from .errors import FormatError
 from .formats import Granularity, Scheme, WeightFormat
 from .strategies import TILE, strategy, usable_scale
-from .threads import parallel_map
 
 ROUNDED_AT_ONCE = 1 << 20
 """Weights that are rounded to codes at once."""
@@ -100,7 +99,7 @@ class Quantizer:
     def _scales_of(self, block: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The same, each ``[n, 1]``, for a ``block`` ``[n, weights per scale]``, a few rows after the others."""
         chunks = block.split(max(1, TILE // block.shape[1]))
-        parts = zip(*parallel_map(self._restored, chunks), strict=True)
+        parts = zip(*map(self._restored, chunks), strict=True)
         joined = [None if part[0] is None else torch.cat(part) for part in parts]
         return joined[0], joined[1], joined[2]  # type: ignore[return-value]
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from .errors import PrequantError
 from .formats import WeightFormat
-from .threads import parallel_map
 
 TILE = 30_000
 """Weights handled at once: few enough for a core's cache, and for torch (under 32768) not to wake other threads."""
@@ -108,12 +107,12 @@ def _squared_error(weights: Tensor, scale: Tensor, zero_point: Tensor | None, fo
     low: Any = -offset
     high: Any = format.levels - 1 - offset
 
-    def error(tile: Tensor) -> Tensor:
+    error = torch.zeros_like(scale)
+    for tile in tiles:
         ratio = tile / scale
         nearest = ratio.clamp(low, high).add_(ROUNDING).sub_(ROUNDING)
-        return torch.linalg.vector_norm(nearest.sub_(ratio), dim=1, keepdim=True).square_()
-
-    return torch.stack(parallel_map(error, tiles)).sum(0) * scale.square()
+        error += torch.linalg.vector_norm(nearest.sub_(ratio), dim=1, keepdim=True).square_()
+    return error * scale.square()
 
 
 # ---- strategies ------------------------------------------------------------------------------------------------------
