@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 import platform
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from prequant.sources import (
     load_tokenizer,
 )
 from prequant.tasks import Task, encode, load_task_data
-from prequant.training import TrainingResult, TrainingSettings, finetune
+from prequant.training import TrainingSettings, finetune
 
 __all__ = ["GIVEN", "NONE", "TRAIN", "CompressionReport", "ModelFigures", "compress", "default_baseline_training"]
 
@@ -68,21 +69,6 @@ class _Workbench:
         batch.pop("labels")
         with torch.inference_mode():
             return median_seconds([partial(model, **batch) for model in models])
-
-
-@dataclass(frozen=True)
-class _Contestant:
-    """A model of the comparison, with all of its figures but the latency: that is measured for both together."""
-
-    model: nn.Module
-    metric: float
-    bytes_on_disk: int
-    parameters: int
-    trainable: int
-    training: TrainingResult | None
-
-    def figures(self, latency: float) -> ModelFigures:
-        return ModelFigures(self.metric, self.bytes_on_disk, self.parameters, self.trainable, latency, self.training)
 
 
 def compress(
@@ -152,14 +138,13 @@ def _compress(
     with replacing(out, is_ours) as staging:
         save(program, staging, tokenizer)
         saved = load(staging)
-        ours = _Contestant(saved, bench.score(saved), weight_bytes(staging), parameters, trained, result)
-        contestants = [item for item in (compared, ours) if item is not None]
-        latencies = bench.latencies([item.model for item in contestants])
-        figures = [item.figures(latency) for item, latency in zip(contestants, latencies, strict=True)]
+        ours = ModelFigures(bench.score(saved), weight_bytes(staging), parameters, trained, math.nan, result)
+        models, known = zip(*(*compared, (saved, ours)), strict=True)
+        figures = [replace(one, latency=latency) for one, latency in zip(known, bench.latencies(models), strict=True)]
         report = CompressionReport(
             metric_name=task.metric_name,
             examples=len(bench.validation),
-            baseline=figures[0] if compared is not None else None,
+            baseline=figures[0] if compared else None,
             compressed=figures[-1],
             weights=weight_rows(saved, original),
             settings={
@@ -197,9 +182,10 @@ def default_baseline_training(training: TrainingSettings) -> TrainingSettings:
 
 def _baseline(
     model: PreTrainedModel, kind: str, training: TrainingSettings, bench: _Workbench, parameters: int
-) -> _Contestant | None:
+) -> list[tuple[nn.Module, ModelFigures]]:
+    """The model to compare with, if there is one, and its figures; the latency is measured later, beside ours."""
     if kind == NONE:
-        return None
+        return []
     result, trained = None, 0
     if kind == TRAIN:
         compared = copy.deepcopy(model)
@@ -215,7 +201,7 @@ def _baseline(
     with tempfile.TemporaryDirectory() as scratch, no_progress_bars():
         compared.save_pretrained(scratch)
         size = weight_bytes(Path(scratch))
-    return _Contestant(compared, bench.score(compared), size, parameters, trained, result)
+    return [(compared, ModelFigures(bench.score(compared), size, parameters, trained, math.nan, result))]
 
 
 def _machine() -> Mapping[str, Any]:

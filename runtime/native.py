@@ -39,7 +39,7 @@ FUNCTIONS = {
     "prequant_dequantize": (_INT, (_POINTER, _POINTER, _LONG, _POINTER, _INT, ctypes.c_char_p)),
     "prequant_panels_bytes": (_LONG, (_POINTER,)),
     "prequant_pack_panels": (_INT, (_POINTER, _POINTER, _INT)),
-    "prequant_linear_scratch": (_LONG, (_POINTER, _LONG, _INT)),
+    "prequant_linear_scratch": (_LONG, (_POINTER, _LONG, _INT, ctypes.c_char_p)),
     "prequant_run_linear": (
         _INT,
         (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _INT, ctypes.c_char_p),
@@ -71,6 +71,9 @@ class Linear(ctypes.Structure):
     )
 
 
+ALIGNMENT = 64
+"""Bytes that panels and scratch are aligned to."""
+
 BAD_ROW = 5
 
 STATUS = {
@@ -89,9 +92,9 @@ def check(status: int, what: str) -> None:
 
 
 def aligned_bytes(count: int) -> torch.Tensor:
-    """``count`` uninitialised bytes that begin at a multiple of 64, as the kernels ask for."""
-    memory = torch.empty(count + 64, dtype=torch.uint8)
-    start = -memory.data_ptr() % 64
+    """``count`` uninitialised bytes that begin at a multiple of :data:`ALIGNMENT`, as the kernels ask for."""
+    memory = torch.empty(count + ALIGNMENT, dtype=torch.uint8)
+    start = -memory.data_ptr() % ALIGNMENT
     return memory[start : start + count]
 
 

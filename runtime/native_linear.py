@@ -1,13 +1,15 @@
 """``packed_linear`` on the native kernels: packs a weight for them once, and calls them.
 
 The kernels' own layout of a weight (``native/panels.h``) is made when it is first used, and kept for as long as its
-codes live and none of its tensors changes. Weights that are being trained change at every step, so a call that records
-gradients for its weight unpacks it instead (native_rows.py).
+codes live and none of its tensors changes. (A tensor made in inference mode does not count its changes: one that is
+written to in place has to be replaced to be seen.) Weights that are being trained change at every step, so a call that
+records gradients for its weight unpacks it instead (native_rows.py).
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,9 +25,6 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Inputs and outputs that the kernels take, and what the library calls them."""
 
 MAX_COLUMNS = 1 << 16
-ALIGNMENT = 64
-"""Bytes that scratch and panels are aligned to."""
-
 GROUP_MULTIPLE = 32
 """Groups that the kernels take are multiples of so many columns."""
 
@@ -37,10 +36,11 @@ FLOAT, DYNAMIC, STATIC = 0, 1, 2
 
 
 class PackedLayer:
-    """A linear layer as the kernels take it: its weight in their layout, and what goes with it.
+    """A linear layer as the library describes it, with the panels of its weight. Nothing in it changes, so that a call
+    on another thread goes on with the layer that it began with.
 
-    ``made_from`` tells whether its tensors are still what they were. The structure holds bare addresses, of tensors
-    that are kept here.
+    The description holds bare addresses; what they point at is kept here. So are the tensors of ``made_from``: as long
+    as their memory is not given back, nothing else can be found at their addresses.
     """
 
     def __init__(
@@ -51,29 +51,56 @@ class PackedLayer:
         input_zero_point: Tensor | None,
         input_format: WeightFormat | None,
         activation: str,
-        made_from: tuple[object, ...],
+        dtype: torch.dtype,
     ) -> None:
-        self.panels, self.made_from = panels, made_from
-        self._floats = [float_copy(bias), float_copy(input_scale)]
         half = 0 if input_format is None else input_format.levels // 2
-        self.types = {
-            dtype: native.Linear(
-                panels=panels.data_ptr(),
-                bias=address_of(self._floats[0]),
-                input_scale=address_of(self._floats[1]),
-                input_zero=0.0 if input_zero_point is None else float(input_zero_point) - half,
-                input_levels=2 * half,
-                input=FLOAT if input_format is None else DYNAMIC if input_scale is None else STATIC,
-                type=number,
-                activation=ACTIVATIONS[activation],
-            )
-            for dtype, number in TYPES.items()
-        }
-        self.addresses = {dtype: ctypes.addressof(linear) for dtype, linear in self.types.items()}
+        floats = float_copy(bias), float_copy(input_scale)
+        self._kept = (panels, *floats, *map(_memory, (bias, input_scale, input_zero_point)))
+        self._linear = native.Linear(
+            panels=panels.data_ptr(),
+            bias=address_of(floats[0]),
+            input_scale=address_of(floats[1]),
+            input_zero=0.0 if input_zero_point is None else float(input_zero_point) - half,
+            input_levels=2 * half,
+            input=FLOAT if input_format is None else DYNAMIC if input_scale is None else STATIC,
+            type=TYPES[dtype],
+            activation=ACTIVATIONS[activation],
+        )
+        self.address = ctypes.addressof(self._linear)
 
 
-_layers: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""The layer made last of each tensor of codes."""
+class PackedWeight:
+    """A weight in the kernels' layout, and the layer that it was last called as.
+
+    ``made_from`` is the :func:`_state` of its tensors, whose memory is kept for the same reason as in a layer.
+    """
+
+    def __init__(self, panels: Tensor, made_from: tuple[object, ...], tensors: Sequence[Tensor | None]) -> None:
+        self.panels, self.made_from = panels, made_from
+        self._kept = [_memory(tensor) for tensor in tensors]
+        self._last: tuple[tuple[object, ...], PackedLayer | None] = ((), None)
+
+    def layer(
+        self,
+        bias: Tensor | None,
+        input_scale: Tensor | None,
+        input_zero_point: Tensor | None,
+        input_format: WeightFormat | None,
+        activation: str,
+        dtype: torch.dtype,
+    ) -> PackedLayer:
+        """The layer of this weight and the rest: the last one, if nothing of it has changed."""
+        operands = (bias, input_scale, input_zero_point)
+        made_from = (input_format, activation, dtype, *map(_state, operands))
+        known, layer = self._last
+        if layer is None or known != made_from:
+            layer = PackedLayer(self.panels, *operands, input_format, activation, dtype)
+            self._last = (made_from, layer)
+        return layer
+
+
+_packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""The weight packed last of each tensor of codes."""
 
 
 def accepts(
@@ -88,8 +115,7 @@ def accepts(
     input_zero_point: Tensor | None,
     columns: int,
     input_format: WeightFormat | None,
-    activation: str,
-    residual: Tensor | None,
+    *_: object,
 ) -> bool:
     """Whether the kernels can run a call of ``packed_linear``."""
     if native.chosen_isa() == native.REFERENCE or input.dtype not in TYPES or columns > MAX_COLUMNS:
@@ -98,8 +124,7 @@ def accepts(
         return False
     if input_format is not None and not _takes_input(input_format, input_scale, input_zero_point):
         return False
-    values = None if outliers is None else outliers.values
-    return not records_gradients(scale, zero_point, values, bias, input_scale, input_zero_point)
+    return not records_gradients(scale, zero_point, None if outliers is None else outliers.values)
 
 
 def _takes_input(format: WeightFormat, scale: Tensor | None, zero_point: Tensor | None) -> bool:
@@ -126,31 +151,29 @@ def packed_linear(
     residual: Tensor | None,
 ) -> Tensor:
     """See :func:`prequant.runtime.reference.packed_linear`; ``[..., rows]`` in the input's dtype."""
-    operands = (codes, scale, zero_point, *(outliers[:3] if outliers else ()), bias, input_scale, input_zero_point)
-    replace = outliers is not None and outliers.replace
-    made_from = (format, columns, replace, input_format, activation, *map(_state, operands))
-    layer = _layers.get(codes)
-    if layer is None or layer.made_from != made_from:
-        panels = _pack(format, codes, scale, zero_point, outliers, columns)
-        layer = PackedLayer(panels, bias, input_scale, input_zero_point, input_format, activation, made_from)
-        _layers[codes] = layer
+    tensors = (codes, scale, zero_point, *(outliers[:3] if outliers is not None else ()))
+    made_from = (format, columns, outliers is not None and outliers.replace, *map(_state, tensors))
+    weight = _packed.get(codes)
+    if weight is None or weight.made_from != made_from:
+        weight = PackedWeight(_pack(format, codes, scale, zero_point, outliers, columns), made_from, tensors)
+        _packed[codes] = weight
+    layer = weight.layer(bias, input_scale, input_zero_point, input_format, activation, input.dtype)
     return _run(layer, input.contiguous(), residual, codes.shape[-2], columns)
 
 
 def _run(layer: PackedLayer, input: Tensor, residual: Tensor | None, rows: int, columns: int) -> Tensor:
-    library, threads, address = native.load(), torch.get_num_threads(), layer.addresses[input.dtype]
+    library, threads, isa = native.load(), torch.get_num_threads(), native.chosen_isa().encode()
     tokens = input.numel() // columns
-    needed = library.prequant_linear_scratch(address, tokens, threads)
+    needed = library.prequant_linear_scratch(layer.address, tokens, threads, isa)
     if needed < 0:
         raise native.NativeLibraryError("packed_linear: its weight was not packed by this native library")
-    scratch = torch.empty(needed + ALIGNMENT, dtype=torch.uint8)
+    scratch = torch.empty(needed + native.ALIGNMENT, dtype=torch.uint8)
     start = scratch.data_ptr()
     output = input.new_empty((*input.shape[:-1], rows))
     added = None if residual is None else residual.contiguous()
     status = library.prequant_run_linear(
-        *(address, input.data_ptr(), address_of(added), output.data_ptr(), tokens),
-        *(start + -start % ALIGNMENT, needed, threads),
-        native.chosen_isa().encode(),
+        *(layer.address, input.data_ptr(), address_of(added), output.data_ptr(), tokens),
+        *(start + -start % native.ALIGNMENT, needed, threads, isa),
     )
     if status:
         native.check(status, "packed_linear")
@@ -162,6 +185,11 @@ def _state(tensor: Tensor | None) -> tuple[int, int] | None:
     if tensor is None:
         return None
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def _memory(tensor: Tensor | None) -> Tensor | None:
+    """The tensor's memory without the tensor, whose life decides how long a packed weight lives."""
+    return None if tensor is None else tensor.detach()
 
 
 def _pack(

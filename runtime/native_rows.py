@@ -24,9 +24,7 @@ def _accepts(format: WeightFormat, scale: Tensor) -> bool:
     return on and scale.dtype is torch.float32 and not format.group_size % GROUP_MULTIPLE
 
 
-def _accepts_dequantize(
-    format: WeightFormat, codes: Tensor, scale: Tensor, zero_point: Tensor | None, columns: int, dtype: torch.dtype
-) -> bool:
+def _accepts_dequantize(format: WeightFormat, codes: Tensor, scale: Tensor, *_: object) -> bool:
     return _accepts(format, scale)
 
 
@@ -36,16 +34,7 @@ def _dequantize(
     return _rows(format, None, codes, scale, zero_point, columns).to(dtype)
 
 
-def _accepts_embedding(
-    format: WeightFormat,
-    ids: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    outliers: Outliers | None,
-    columns: int,
-    dtype: torch.dtype,
-) -> bool:
+def _accepts_embedding(format: WeightFormat, ids: Tensor, codes: Tensor, scale: Tensor, *_: object) -> bool:
     return _accepts(format, scale)
 
 
@@ -73,7 +62,7 @@ def _accepts_trained_linear(
     scale: Tensor,
     zero_point: Tensor | None,
     outliers: Outliers | None,
-    *others: object,
+    *_: object,
 ) -> bool:
     trained = (scale, zero_point, None if outliers is None else outliers.values)
     return _accepts(format, scale) and records_gradients(*trained)
@@ -97,9 +86,9 @@ def _trained_linear(
     weight = _rows(format, None, codes, scale, zero_point, columns)
     if outliers is not None:
         reference.add_outliers_(weight, outliers)
-    input = reference.quantized_input(input, input_scale, input_zero_point, input_format)
-    output = torch.nn.functional.linear(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
-    return reference.epilogue(output, activation, residual)
+    return reference.unpacked_linear(
+        weight, input, bias, input_scale, input_zero_point, input_format, activation, residual
+    )
 
 
 def _rows(

@@ -322,10 +322,25 @@ def packed_linear(
     residual: Tensor | None = None,
 ) -> Tensor:
     """``activation(linear(quantized_input, packed_weight, bias)) + residual``, ``[..., rows]`` in the input's dtype."""
-    weight = packed_weight(codes, scale, zero_point, outliers, format, columns).to(input.dtype)
+    weight = packed_weight(codes, scale, zero_point, outliers, format, columns)
+    return unpacked_linear(weight, input, bias, input_scale, input_zero_point, input_format, activation, residual)
+
+
+def unpacked_linear(
+    weight: Tensor,
+    input: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    input_format: WeightFormat | None,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor:
+    """What :func:`packed_linear` does with its weight once it is a float matrix."""
     input = quantized_input(input, input_scale, input_zero_point, input_format)
-    output = torch.nn.functional.linear(input, weight, None if bias is None else bias.to(input.dtype))
-    return epilogue(output, activation, residual)
+    bias = None if bias is None else bias.to(input.dtype)
+    output = ACTIVATIONS[activation](torch.nn.functional.linear(input, weight.to(input.dtype), bias))
+    return output if residual is None else output + residual
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -335,12 +350,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
 }
 """What a packed linear may do to its result, by the name that the op knows it by."""
-
-
-def epilogue(output: Tensor, activation: str, residual: Tensor | None) -> Tensor:
-    """What comes after a product and its bias."""
-    output = ACTIVATIONS[activation](output)
-    return output if residual is None else output + residual
 
 
 def packed_embedding(

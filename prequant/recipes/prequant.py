@@ -33,9 +33,8 @@ class PreQuant(Recipe):
     the task's loss alone, the parts named in ``train``; the codes stay frozen and packed.
 
     The paper is known to quantize all weights first, to choose the trained subset by its being outliers, and to train
-    about 0.5 % of the model; its code is not public. What it leaves open are options, whose defaults are what did best
-    on SST-2 within 1 % of the model. Weight decay never acts on outliers. Raises :class:`PrequantError` for options
-    that do not go together.
+    about 0.5 % of the model; its code is not public. What it leaves open are options. Weight decay never acts on
+    outliers. Raises :class:`PrequantError` for options that do not go together.
     """
 
     name: ClassVar[str] = "prequant"
@@ -67,9 +66,7 @@ class PreQuant(Recipe):
     )
     """What stage 2 trains; nothing stands for stage 1 alone."""
     train_embedding_outliers: bool = False
-    """Whether the outliers of embeddings are among those that train. A batch reaches only the few rows that it looks
-    up: the same number of outliers does more in the linears.
-    """
+    """Whether the outliers of embeddings are among those that train. A batch reaches only the rows that it looks up."""
     activation_bits: int = 0
     """Bits of the inputs of linears, dynamically per token; 0 leaves them in float."""
     training: TrainingSettings = field(

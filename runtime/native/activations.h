@@ -18,7 +18,7 @@ constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: leaves no bits for a fr
 inline PanelRow all_of(float value) { return PanelRow{} + value; }
 inline PanelRow magnitude(PanelRow x) { return reinterpret_cast<PanelRow>(reinterpret_cast<PanelRowBits>(x) & 0x7fffffff); }
 
-// e^x for x <= 0, to 2 units in the last place; below -87 the smallest normal numbers.
+// e^x for x <= 0; below -87 the smallest normal numbers.
 inline PanelRow exponential(PanelRow x) {
     x = x < -87.0f ? all_of(-87.0f) : x;
     const PanelRow shifted = x * 1.44269504f + kRounding;
@@ -52,7 +52,7 @@ inline PanelRow gelu(PanelRow x) {
     p = p * t + 0.37409196f;
     p = p * t + 1.00002368f;
     const PanelRow square = z * z;
-    // Far out the tail is 0, and said to be: subnormal numbers take a hundred times as long. NaN comes through x itself.
+    // Far out the tail is 0, and said to be: subnormal numbers are slow. NaN comes through x itself.
     const PanelRow exponent = square < 80.0f ? -square : all_of(-80.0f);
     const PanelRow near = square < 80.0f ? 0.5f * t : PanelRow{};
     const PanelRow tail = near * exponential(exponent - 1.26551223f + p * t);

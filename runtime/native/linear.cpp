@@ -1,7 +1,6 @@
 // prequant_run_linear: checks the call, shares its work among threads, and hands it to an instruction set's kernels.
 
 #include <cstring>
-#include <initializer_list>
 
 #include "kernels.h"
 #include "threads.h"
@@ -22,10 +21,11 @@ bool valid(const void *memory) {
 bool quantized(const prequant_linear &linear) { return linear.input != PREQUANT_INPUT_FLOAT; }
 
 struct Scratch {
-    int64_t codes, scales, sums, floats, columns, own, total;
+    int64_t codes, scales, sums, floats, columns, own, own_bytes, total;
 
-    Scratch(const prequant_linear &linear, int64_t tokens, int64_t own_bytes, int32_t threads) {
-        const PanelsHeader &h = *panels_of(linear.panels).header;
+    Scratch(const Kernels &kernels, const prequant_linear &linear, int64_t tokens, int32_t threads) {
+        const Panels panels = panels_of(linear.panels);
+        const PanelsHeader &h = *panels.header;
         const int64_t stride = stride_of(h);
         total = 0;
         const auto section = [this](int64_t bytes) {
@@ -34,14 +34,14 @@ struct Scratch {
             return start;
         };
         const bool integers = quantized(linear);
-        // AMX reads whole tiles of 16 tokens; a gather of single codes reads 3 bytes beyond the last.
-        codes = section(integers ? round_up(tokens, 32) * stride + 64 : 0);
+        codes = section(integers ? round_up(tokens, kTokenBlock) * stride : 0);  // AMX reads whole tiles of tokens
         scales = section(integers ? tokens * 4 : 0);
         sums = section(tokens * h.groups * 4);
         floats = section(integers ? 0 : tokens * stride * 4);
         const int64_t by_columns = h.outliers && tokens >= kFewestByColumns ? round_up(tokens, kTokenBlock) : 0;
         columns = section(by_columns * stride * (integers ? 1 : 4));
-        own = section(threads * round_up(own_bytes, 64));
+        own_bytes = round_up(kernels.own_bytes(panels, linear, tokens), 64);
+        own = section(threads * own_bytes);
     }
 };
 
@@ -50,17 +50,6 @@ int32_t threads_for(const PanelsHeader &h, int64_t tokens, int32_t threads) {
     const int64_t by_bytes = bytes / kBytesPerThread, by_products = h.rows * h.columns * tokens / kProductsPerThread;
     const int64_t wanted = by_bytes > by_products ? by_bytes : by_products;
     return static_cast<int32_t>(wanted < 1 ? 1 : wanted < threads ? wanted : threads);
-}
-
-int64_t own_bytes_of(const prequant_linear &linear, int64_t tokens) {
-    int64_t most = 0;  // scratch is asked for before the instruction set is named
-    for (const char *isa : {"scalar", "avx2", "avx512vnni", "amx"}) {
-        const Kernels *kernels = kernels_for(isa);
-        if (!kernels) continue;
-        const int64_t bytes = kernels->own_bytes(panels_of(linear.panels), linear, tokens);
-        if (bytes > most) most = bytes;
-    }
-    return most;
 }
 
 bool fits(const prequant_linear &linear) {
@@ -76,9 +65,11 @@ bool fits(const prequant_linear &linear) {
 
 extern "C" {
 
-PREQUANT_API int64_t prequant_linear_scratch(const prequant_linear *linear, int64_t tokens, int32_t threads) {
-    if (!valid(linear->panels) || tokens < 0 || threads < 1) return -1;
-    return Scratch(*linear, tokens, own_bytes_of(*linear, tokens), threads).total;
+PREQUANT_API int64_t prequant_linear_scratch(const prequant_linear *linear, int64_t tokens, int32_t threads,
+                                             const char *isa) {
+    const Kernels *kernels = kernels_for(isa);
+    if (!kernels || !valid(linear->panels) || tokens < 0 || threads < 1) return -1;
+    return Scratch(*kernels, *linear, tokens, threads).total;
 }
 
 PREQUANT_API int32_t prequant_run_linear(const prequant_linear *linear, const void *input, const void *residual,
@@ -88,7 +79,7 @@ PREQUANT_API int32_t prequant_run_linear(const prequant_linear *linear, const vo
     const Kernels *kernels = kernels_for(isa);
     if (!kernels) return PREQUANT_BAD_ISA;
     if (!fits(*linear) || tokens < 0 || threads < 1) return PREQUANT_BAD_CALL;
-    const Scratch places(*linear, tokens, own_bytes_of(*linear, tokens), threads);
+    const Scratch places(*kernels, *linear, tokens, threads);
     if (scratch_bytes < places.total || reinterpret_cast<uintptr_t>(scratch) % 64) return PREQUANT_BAD_CALL;
     if (tokens == 0) return PREQUANT_OK;
 
@@ -115,13 +106,13 @@ PREQUANT_API int32_t prequant_run_linear(const prequant_linear *linear, const vo
         }
     }
     job.own = base + places.own;
-    job.own_bytes = round_up(own_bytes_of(*linear, tokens), 64);
+    job.own_bytes = places.own_bytes;
 
     const int32_t used = threads_for(h, tokens, threads);
     // A few tokens are read sooner than threads could meet again.
-    const bool together = used > 1 && tokens >= 4 * used;
-    if (!together) kernels->read_tokens(job, 0, tokens);
-    if (together) {
+    if (used == 1 || tokens < 4 * used) {
+        kernels->read_tokens(job, 0, tokens);
+    } else {
         parallel(used, [&](int32_t part) {
             kernels->read_tokens(job, tokens * part / used, tokens * (part + 1) / used);
         });

@@ -90,8 +90,10 @@ typedef struct {
     int32_t activation;        // enum prequant_activation
 } prequant_linear;
 
-// Bytes of scratch that prequant_run_linear takes for so many tokens and threads; -1 for panels that are none.
-PREQUANT_API int64_t prequant_linear_scratch(const prequant_linear *linear, int64_t tokens, int32_t threads);
+// Bytes of scratch that prequant_run_linear takes for so many tokens and threads; -1 for panels that are none, and
+// for an instruction set that is none.
+PREQUANT_API int64_t prequant_linear_scratch(const prequant_linear *linear, int64_t tokens, int32_t threads,
+                                             const char *isa);
 
 // output = activation(quantized(input) @ W^T + bias) + residual, from [tokens][columns] to [tokens][rows], contiguous;
 // the residual, as large as the output, may be null.

@@ -3,7 +3,7 @@
 python tests/benchmarks/linear.py
 
 The machine must be idle: whatever else runs on its cores is in the figures, and the load is written down beside them.
-Everything takes an hour or more; the options choose parts. The peers come with the extra ``bench``.
+Everything takes long; the options choose parts. The peers come with the extra ``bench``.
 """
 
 import multiprocessing

@@ -178,7 +178,7 @@ def test_what_is_not_finite_stays_in_its_token_and_visible(isa: str, mode: str, 
         assert bool(result[1].isnan().all()) or mode == "float"
 
 
-def test_instruction_sets_agree_on_integers_bit_for_bit() -> None:
+def test_instruction_sets_agree() -> None:
     layer, input, results = Layer("affine4:group64:asym", 64, 512, "add"), torch.randn(33, 512), []
     for name in ISAS:
         with pytest.MonkeyPatch.context() as patch:
@@ -227,12 +227,34 @@ def test_a_weight_is_packed_once_and_again_when_it_changes(isa: str, calls: list
     assert calls == ["packed"] * 2
 
 
+def test_what_is_not_the_weights_does_not_pack_it_again(isa: str, calls: list[str]) -> None:
+    layer, input = Layer("affine4:row", 32, 64, "add"), torch.randn(3, 64)
+    for bias in (layer.bias, torch.randn(32), layer.bias.mul_(2)):
+        layer.bias = bias
+        assert_linear(layer(input), input, layer)
+        seen, options = quantized(input, "static")
+        assert_linear(layer(seen, *options), seen, layer)
+        expected = torch.relu(layer(input))
+        torch.testing.assert_close(layer(input, activation="relu"), expected)
+    assert calls == ["packed"]
+
+
+def test_a_tensor_in_the_place_of_another_is_another(isa: str, calls: list[str]) -> None:
+    """Memory that is given back is soon used again: at the same address, for a tensor of the same version."""
+    layer, input = Layer("affine4:row", 4096, 32), torch.randn(1, 32)
+    for i in range(40):
+        layer.scale = torch.empty(0)  # the old one is gone before there is a new one
+        layer.scale = torch.full((4096, 1), 0.01 * (i + 1))
+        assert_linear(layer(input), input, layer)
+    assert calls == ["packed"] * 40
+
+
 def test_what_is_packed_lives_as_long_as_the_codes(isa: str) -> None:
-    before, layer = len(native_linear._layers), Layer("affine4:row", 32, 64)
+    before, layer = len(native_linear._packed), Layer("affine4:row", 32, 64)
     layer(torch.randn(1, 64))
-    assert len(native_linear._layers) == before + 1
+    assert len(native_linear._packed) == before + 1
     del layer
-    assert len(native_linear._layers) == before
+    assert len(native_linear._packed) == before
 
 
 def test_weights_that_train_are_not_packed_at_every_step(isa: str, calls: list[str]) -> None:
@@ -320,7 +342,7 @@ def test_without_a_library_the_reference_runs_and_says_so_once(
 def test_memory_that_holds_no_panels_is_refused(isa: str) -> None:
     layer, input = Layer("affine4:row", 32, 64), torch.randn(3, 64)
     layer(input)
-    panels = native_linear._layers[layer.codes].panels
+    panels = native_linear._packed[layer.codes].panels
     for byte, value in ((0, 0), (8, 99)):  # the magic word, the version
         kept = int(panels[byte])
         panels[byte] = value

@@ -84,7 +84,7 @@ bool fails(const Case &c, const char *isa) {
     linear.input_zero = -28.0f;
     linear.input_levels = 256;
     linear.input = c.input;
-    const int64_t size = prequant_linear_scratch(&linear, c.tokens, 3);
+    const int64_t size = prequant_linear_scratch(&linear, c.tokens, 3, isa);
     if (size < 0) return true;
     Memory scratch(size < 64 ? 64 : size);
     if (prequant_run_linear(&linear, input.data(), nullptr, output.data(), c.tokens, scratch.bytes, size, 3, isa)) return true;
