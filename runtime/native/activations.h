@@ -1,5 +1,6 @@
-// Activations, on the 16 rows of a panel at once: in the vectors that GCC and clang know for every processor, because
-// loops over single numbers that choose between values are not always made into vectors.
+// Activations, on the 16 rows of a panel at once (or on PREQUANT_LANES floats, where a unit says so): in the vectors that
+// GCC and clang know for every processor, because loops over single numbers that choose between values are not always
+// made into vectors.
 
 #ifndef PREQUANT_ACTIVATIONS_H
 #define PREQUANT_ACTIVATIONS_H
@@ -8,10 +9,14 @@
 
 #include "panels.h"
 
+#ifndef PREQUANT_LANES
+#define PREQUANT_LANES prequant::kPanelRows
+#endif
+
 namespace {
 
-using PanelRow = float __attribute__((vector_size(prequant::kPanelRows * sizeof(float)), aligned(4)));
-using PanelRowBits = int32_t __attribute__((vector_size(prequant::kPanelRows * sizeof(int32_t)), aligned(4)));
+using PanelRow = float __attribute__((vector_size(PREQUANT_LANES * sizeof(float)), aligned(4)));
+using PanelRowBits = int32_t __attribute__((vector_size(PREQUANT_LANES * sizeof(int32_t)), aligned(4)));
 
 constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: leaves no bits for a fraction, so a sum is rounded, ties to even
 

@@ -1,7 +1,10 @@
 #include "threads.h"
 
+#include "team.h"
+
 #if defined(__unix__)
 #include <dlfcn.h>
+#include <sched.h>
 #endif
 
 namespace {
@@ -31,29 +34,49 @@ const Gomp &gomp() {
 }
 
 struct Team {
-    int32_t parts;
-    void (*work)(void *, int32_t);
+    void (*work)(void *, int32_t, int32_t);
     void *context;
 };
 
 void run_member(void *data) {
     const Team &team = *static_cast<const Team *>(data);
-    // Inside another team, or where threads are limited, there may be fewer than were asked for.
-    const int count = gomp().thread_count();
-    for (int32_t part = gomp().thread_number(); part < team.parts; part += count) team.work(team.context, part);
+    team.work(team.context, gomp().thread_number(), gomp().thread_count());
 }
+
+constexpr int32_t kLooks = 4096;  // some 100 us
 
 }  // namespace
 
 namespace prequant {
 
-void run_parts(int32_t parts, void (*work)(void *, int32_t), void *context) {
-    if (parts > 1 && gomp().parallel) {
-        Team team{parts, work, context};
-        gomp().parallel(run_member, &team, static_cast<unsigned>(parts), 0);
+void Barrier::pause(int32_t looked) {
+#if defined(__unix__)
+    if (looked >= kLooks) {
+        sched_yield();
         return;
     }
-    for (int32_t part = 0; part < parts; ++part) work(context, part);
+#endif
+#if defined(__x86_64__) || defined(_M_X64)
+    __builtin_ia32_pause();
+#else
+    static_cast<void>(looked);
+#endif
+}
+
+void run_team(int32_t members, void (*work)(void *, int32_t, int32_t), void *context) {
+    if (members > 1 && gomp().parallel) {
+        Team team{work, context};
+        gomp().parallel(run_member, &team, static_cast<unsigned>(members), 0);
+        return;
+    }
+    work(context, 0, 1);
+}
+
+void run_parts(int32_t parts, void (*work)(void *, int32_t), void *context) {
+    with_team(parts, [&](int32_t member, int32_t members) {
+        // Inside another team, or where threads are limited, there may be fewer members than parts.
+        for (int32_t part = member; part < parts; part += members) work(context, part);
+    });
 }
 
 }  // namespace prequant

@@ -1,0 +1,58 @@
+// Float arithmetic of a plan's steps (plan.h) that are no linear: what one instruction set provides.
+
+#ifndef PREQUANT_FLOAT_KERNELS_H
+#define PREQUANT_FLOAT_KERNELS_H
+
+#include <stdint.h>
+
+#include "prequant_plan.h"
+
+namespace prequant {
+
+// A tensor of up to four axes: where its first element lies, and how far apart, in elements, the next ones do.
+struct Strided {
+    char *data;
+    const int64_t *strides;
+
+    float *floats() const { return reinterpret_cast<float *>(data); }
+};
+
+// softmax(scale q k^T + mask) v, each [batch, heads, tokens, depth] with depth contiguous. A mask is of booleans, which
+// say what is seen, or of floats, which are added. A query that sees nothing gives 0.
+struct Attention {
+    int64_t batch, heads, queries, keys, depth, value_depth;
+    int64_t heads_per_key;  // queries' heads that share a head of keys and values
+    float scale;
+    enum prequant_mask mask_kind;
+    Strided query, key, value, mask, out;
+};
+
+struct FloatKernels {
+    // out = (in - mean) / sqrt(variance + epsilon) * weight + bias over rows [first, last); weight and bias may be null.
+    // `centered` false: no mean is taken away (root mean square).
+    void (*normalize)(const Strided &in, const float *weight, const float *bias, float epsilon, bool centered,
+                      const Strided &out, int64_t columns, int64_t first, int64_t last);
+    // One row of `count` elements: out = function(a, b); `b` is null for functions of one operand.
+    void (*elementwise)(enum prequant_function function, const float *a, int64_t a_step, const float *b, int64_t b_step,
+                        float *out, int64_t count);
+    // Blocks [first, last) of `attention_blocks`; `own` is scratch of `attention_bytes`.
+    void (*attention)(const Attention &attention, int64_t first, int64_t last, char *own);
+};
+
+// Queries that are computed together, in an attention of so many.
+constexpr int64_t kQueryBlock = 32;
+
+int64_t attention_blocks(const Attention &attention);
+int64_t attention_bytes(const Attention &attention);
+
+// Those for the instruction set of that name, which is known to be one.
+const FloatKernels &float_kernels_for(const char *isa);
+
+extern const FloatKernels scalar_floats;
+#ifdef PREQUANT_X86_64
+extern const FloatKernels avx2_floats, avx512_floats;
+#endif
+
+}  // namespace prequant
+
+#endif

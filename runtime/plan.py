@@ -1,0 +1,306 @@
+"""Plans: a graph as a flat list of native steps on planned memory, run by one call of the native library.
+
+A plan is for any sizes of its dynamic axes: whatever depends on them is an entry of one table of numbers, which a
+function makes of the sizes of a call. Values that live at different times share memory. Between the native steps may
+stand calls of PyTorch for what the library does not compute. What makes a plan of a graph is in ``passes/plan``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from . import native, reference
+from .arena import placed
+from .errors import PrequantError
+
+AXES, OPERANDS, SIZES, MOST_LINEARS = 4, 6, 7, 4
+"""Of a step: axes of an operand, operands, sizes, and linears on one input. These, and the kinds, are
+``prequant_plan.h``'s."""
+
+LINEAR, EMBEDDING, NORMALIZE, ELEMENTWISE, COPY, ATTENTION = range(6)
+"""Kinds of steps."""
+
+FUNCTIONS = {
+    name: code
+    for code, name in enumerate(
+        ("add", "subtract", "multiply", "divide", "relu", "gelu", "gelu_tanh", "tanh", "sigmoid", "silu", "negate")
+    )
+}
+"""What an elementwise step computes."""
+
+NO_MASK, BOOL_MASK, FLOAT_MASK = range(3)
+
+HEAD_WORDS = 4
+OPERAND_WORDS = 2 + AXES
+STEP_WORDS = HEAD_WORDS + SIZES + OPERANDS * OPERAND_WORDS
+"""Words of 64 bits of a ``prequant_step``: kind, option, number, layer, sizes, operands (buffer, offset, strides)."""
+
+ABSENT = -1
+"""The buffer of an operand that is not there."""
+
+Numbers = Sequence[int]
+Words = npt.NDArray[np.int64]
+
+
+class Linears(ctypes.Structure):
+    """``prequant_linears``: linears on one input."""
+
+    _fields_ = (("count", ctypes.c_int64), ("linears", ctypes.c_void_p * MOST_LINEARS))
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Memory of a plan. ``bytes`` is an entry of the numbers. A plan's own buffers are needed from step ``first`` to
+    ``last``; those of others (inputs, constants, results of PyTorch, outputs) are where these are.
+    """
+
+    dtype: torch.dtype
+    bytes: int
+    first: int = -1
+    last: int = -1
+    own: bool = False
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor in a buffer: its sizes, strides and offset, in elements, are entries of the numbers."""
+
+    buffer: int
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class Native:
+    """Steps that one call of the library runs: ``count`` from ``first``."""
+
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Number:
+    """An argument that is an entry of the numbers."""
+
+    entry: int
+
+
+@dataclass(frozen=True)
+class TorchCall:
+    """A call of PyTorch: arguments are views, numbers, constants and containers of these. ``results`` are the buffers
+    of its tensors, -1 for one that is not a tensor or not needed.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: tuple[int, ...]
+    name: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See the module's docstring.
+
+    ``numbers`` makes the table of numbers of the sizes of the dynamic axes; ``axes`` says where these are: input and
+    axis. ``template`` holds the steps ``[steps, STEP_WORDS]``, in which ``places`` (flat) are filled from the entries
+    ``sources``. ``constants`` are tensors that lie in buffers. ``outputs`` are views, or what does not depend on a
+    call. ``new`` are buffers that the caller gets: made anew by each call. ``names`` are those of the steps' nodes.
+    ``kept`` is what the addresses in the template point at.
+    """
+
+    numbers: Callable[..., Numbers]
+    axes: tuple[tuple[int, int], ...]
+    template: Words
+    places: npt.NDArray[np.int64]
+    sources: npt.NDArray[np.int64]
+    buffers: tuple[Buffer, ...]
+    inputs: tuple[int, ...]
+    constants: dict[int, Tensor]
+    new: dict[int, View]
+    order: tuple[Native | TorchCall, ...]
+    outputs: tuple[Any, ...]
+    names: tuple[str, ...]
+    ids: dict[int, tuple[View, int]]
+    kept: tuple[Any, ...] = ()
+    _idle: list[_Workspace] = field(default_factory=list, compare=False, repr=False)
+
+    def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
+        """The flat results. Raises what PyTorch's calls do, ``IndexError`` for ids outside of an embedding, and
+        :class:`~prequant.runtime.native.NativeLibraryError` for steps that the library refuses."""
+        try:
+            workspace = self._idle.pop()  # one call at a time has it
+        except IndexError:
+            workspace = _Workspace(self)
+        try:
+            return workspace.run(inputs)
+        finally:
+            workspace.forget()
+            self._idle.append(workspace)
+
+
+@dataclass(frozen=True)
+class _Sized:
+    """A plan for one set of sizes and number of threads."""
+
+    numbers: Numbers
+    steps: Words
+    offsets: npt.NDArray[np.int64]  # of own buffers, in the arena
+    arena_bytes: int
+    scratch_bytes: int
+
+
+ROUNDED = 64
+"""Own buffers are placed for sizes rounded up to a multiple of this, so that a growing axis seldom moves them."""
+
+MOST_SIZES = 64
+"""Sets of sizes that a workspace remembers."""
+
+
+class _Workspace:
+    """What a call needs for itself: the memory of own buffers, addresses, and steps with their numbers filled in."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.sized: dict[tuple[int, ...], _Sized] = {}
+        self.placements: dict[tuple[int, ...], tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]] = {}
+        self.arena = native.aligned_bytes(0)
+        self.scratch = native.aligned_bytes(0)
+        self.addresses = np.zeros(len(plan.buffers), dtype=np.int64)
+        self.own = np.array([i for i, buffer in enumerate(plan.buffers) if buffer.own], dtype=np.int64)
+        self.tensors: dict[int, Tensor] = {}
+        self.failed = ctypes.c_int64(-1)
+        for buffer, tensor in plan.constants.items():
+            self.addresses[buffer] = tensor.data_ptr()
+
+    def run(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+        plan, threads, isa = self.plan, torch.get_num_threads(), native.chosen_isa().encode()
+        sizes = tuple(inputs[input].shape[axis] for input, axis in plan.axes)
+        key = (*sizes, threads)
+        sized = self.sized.get(key)
+        if sized is None:
+            sized = self._remember(key, self._size(sizes, threads, isa))
+        if self.arena.numel() < sized.arena_bytes:
+            self.arena = native.aligned_bytes(sized.arena_bytes)
+        if self.scratch.numel() < sized.scratch_bytes:
+            self.scratch = native.aligned_bytes(sized.scratch_bytes)
+        self.addresses[self.own] = self.arena.data_ptr() + sized.offsets
+        for buffer, input in zip(plan.inputs, inputs, strict=True):
+            self._hold(buffer, input if input.is_contiguous() else input.contiguous())
+        for buffer, view in plan.new.items():
+            shape = [sized.numbers[entry] for entry in view.sizes]
+            self._hold(buffer, torch.empty(shape, dtype=view.dtype))
+        for item in plan.order:
+            if isinstance(item, Native):
+                self._run_native(item, sized, threads, isa)
+            else:
+                self._call(item, sized.numbers)
+        return tuple(self._resolve(output, sized.numbers) for output in plan.outputs)
+
+    def forget(self) -> None:
+        """Let go of the tensors of a call."""
+        self.tensors.clear()
+
+    # ---- sizes -------------------------------------------------------------------------------------------------------
+
+    def _remember(self, key: tuple[int, ...], sized: _Sized) -> _Sized:
+        if len(self.sized) >= MOST_SIZES:
+            del self.sized[next(iter(self.sized))]
+        self.sized[key] = sized
+        return sized
+
+    def _size(self, sizes: tuple[int, ...], threads: int, isa: bytes) -> _Sized:
+        plan = self.plan
+        numbers = plan.numbers(*sizes)
+        table = np.array(numbers, dtype=np.int64)
+        steps = plan.template.copy()
+        steps.reshape(-1)[plan.places] = table[plan.sources]
+        bytes_ = table[[plan.buffers[buffer].bytes for buffer in self.own]]
+        offsets, arena_bytes = self._placement(sizes, bytes_)
+        scratch = native.load().prequant_plan_scratch(steps.ctypes.data, len(steps), threads, isa)
+        if scratch < 0:
+            raise native.NativeLibraryError("a plan has a step that the native library does not take")
+        return _Sized(numbers, steps, offsets, arena_bytes, scratch)
+
+    def _placement(self, sizes: tuple[int, ...], needed: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], int]:
+        rounded = tuple(size if size < ROUNDED else -(-size // ROUNDED) * ROUNDED for size in sizes)
+        if rounded not in self.placements:
+            own = [self.plan.buffers[buffer] for buffer in self.own]
+            numbers = self.plan.numbers(*rounded)
+            room = np.array([numbers[buffer.bytes] for buffer in own], dtype=np.int64)
+            self.placements[rounded] = (room, *placed(room, [(buffer.first, buffer.last) for buffer in own]))
+        room, offsets, total = self.placements[rounded]
+        if (needed > room).any():  # a size that shrinks where an axis grows
+            own = [self.plan.buffers[buffer] for buffer in self.own]
+            return placed(needed, [(buffer.first, buffer.last) for buffer in own])
+        return offsets, total
+
+    # ---- running -----------------------------------------------------------------------------------------------------
+
+    def _hold(self, buffer: int, tensor: Tensor) -> None:
+        self.tensors[buffer] = tensor
+        self.addresses[buffer] = tensor.data_ptr()
+
+    def _run_native(self, item: Native, sized: _Sized, threads: int, isa: bytes) -> None:
+        status = native.load().prequant_run_plan(
+            sized.steps.ctypes.data + item.first * STEP_WORDS * 8,
+            item.count,
+            self.addresses.ctypes.data,
+            self.scratch.data_ptr(),
+            sized.scratch_bytes,
+            threads,
+            isa,
+            ctypes.byref(self.failed),
+        )
+        if status:
+            self._fail(status, item.first + self.failed.value, sized.numbers)
+
+    def _fail(self, status: int, step: int, numbers: Numbers) -> None:
+        if status == native.BAD_ROW and step in self.plan.ids:
+            view, rows = self.plan.ids[step]
+            reference.check_ids(self._tensor(view, numbers), rows)
+        native.check(status, f"step {step} of a plan ({self.plan.names[step]})")
+
+    def _call(self, call: TorchCall, numbers: Numbers) -> None:
+        resolve = self._resolve
+        result = call.function(
+            *(resolve(argument, numbers) for argument in call.args),
+            **{name: resolve(argument, numbers) for name, argument in call.kwargs.items()},
+        )
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        for buffer, value in zip(call.results, results, strict=True):
+            if buffer != ABSENT:
+                self._hold(buffer, value.contiguous())
+
+    def _resolve(self, value: Any, numbers: Numbers) -> Any:
+        if isinstance(value, View):
+            return self._tensor(value, numbers)
+        if isinstance(value, Number):
+            return numbers[value.entry]
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._resolve(item, numbers) for item in value)
+        return value
+
+    def _tensor(self, view: View, numbers: Numbers) -> Tensor:
+        sizes = [numbers[entry] for entry in view.sizes]
+        strides = [numbers[entry] for entry in view.strides]
+        offset = numbers[view.offset]
+        if self.plan.buffers[view.buffer].own:
+            start = int(self.addresses[view.buffer]) - self.arena.data_ptr()
+            length = numbers[self.plan.buffers[view.buffer].bytes]
+            base = self.arena[start : start + length].view(view.dtype)
+        else:
+            base = self.plan.constants.get(view.buffer, self.tensors.get(view.buffer))  # type: ignore[arg-type]
+            if base is None:
+                raise PrequantError(f"buffer {view.buffer} of a plan is read before it is written")
+        return base.as_strided(sizes, strides, base.storage_offset() + offset)
