@@ -16,7 +16,7 @@ import torch
 
 from .errors import PrequantError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 """The version of the C interface that this module calls; `native/prequant_native.h` holds the library's own."""
 
 LIBRARY_NAME = "libprequant_native.dll" if sys.platform == "win32" else "libprequant_native.so"
@@ -39,11 +39,8 @@ FUNCTIONS = {
     "prequant_dequantize": (_INT, (_POINTER, _POINTER, _LONG, _POINTER, _INT, ctypes.c_char_p)),
     "prequant_panels_bytes": (_LONG, (_POINTER,)),
     "prequant_pack_panels": (_INT, (_POINTER, _POINTER, _INT)),
-    "prequant_linear_scratch": (_LONG, (_POINTER, _LONG, _INT, ctypes.c_char_p)),
-    "prequant_run_linear": (
-        _INT,
-        (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _INT, ctypes.c_char_p),
-    ),
+    "prequant_run_linears": (_INT, (_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _POINTER)),
+    "prequant_run_linear": (_INT, (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _POINTER)),
 }
 """The library's functions with their results and arguments; these and the structures are ``prequant_native.h``'s."""
 
@@ -71,10 +68,21 @@ class Linear(ctypes.Structure):
     )
 
 
+class Workspace(ctypes.Structure):
+    """``prequant_workspace``: what a caller lends to a call."""
+
+    _fields_ = (
+        ("scratch", _POINTER),
+        *((name, _LONG) for name in ("scratch_bytes", "needed")),
+        ("isa", ctypes.c_char_p),
+        ("threads", _INT),
+    )
+
+
 ALIGNMENT = 64
 """Bytes that panels and scratch are aligned to."""
 
-BAD_ROW = 5
+BAD_ROW, SMALL_SCRATCH = 5, 6
 
 STATUS = {
     1: "a weight that makes no sense",
@@ -82,6 +90,7 @@ STATUS = {
     3: "an instruction set that this library does not have",
     4: "sizes that do not fit",
     BAD_ROW: "a row that the weight does not have",
+    SMALL_SCRATCH: "too little scratch",
 }
 
 

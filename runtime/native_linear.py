@@ -9,6 +9,7 @@ records gradients for its weight unpacks it instead (native_rows.py).
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -161,20 +162,38 @@ def packed_linear(
     return _run(layer, input.contiguous(), residual, codes.shape[-2], columns)
 
 
+class Workspace(threading.local):
+    """What this thread lends to its calls. Its scratch grows to what the largest of them takes, and is kept."""
+
+    def __init__(self) -> None:
+        self._lent = native.Workspace()
+        self._scratch: Tensor | None = None
+        self.address = ctypes.addressof(self._lent)
+
+    def prepare(self, threads: int, isa: bytes) -> None:
+        """Set what may have changed since the last call."""
+        self._lent.threads, self._lent.isa = threads, isa
+
+    def grow(self) -> None:
+        """Make the scratch as large as the last call found that it takes."""
+        self._scratch = native.aligned_bytes(self._lent.needed)
+        self._lent.scratch, self._lent.scratch_bytes = self._scratch.data_ptr(), self._lent.needed
+
+
+_workspace = Workspace()
+
+
 def _run(layer: PackedLayer, input: Tensor, residual: Tensor | None, rows: int, columns: int) -> Tensor:
-    library, threads, isa = native.load(), torch.get_num_threads(), native.chosen_isa().encode()
-    tokens = input.numel() // columns
-    needed = library.prequant_linear_scratch(layer.address, tokens, threads, isa)
-    if needed < 0:
-        raise native.NativeLibraryError("packed_linear: its weight was not packed by this native library")
-    scratch = torch.empty(needed + native.ALIGNMENT, dtype=torch.uint8)
-    start = scratch.data_ptr()
+    library = native.load()
+    _workspace.prepare(torch.get_num_threads(), native.chosen_isa().encode())
     output = input.new_empty((*input.shape[:-1], rows))
     added = None if residual is None else residual.contiguous()
-    status = library.prequant_run_linear(
-        *(layer.address, input.data_ptr(), address_of(added), output.data_ptr(), tokens),
-        *(start + -start % native.ALIGNMENT, needed, threads, isa),
-    )
+    places = (input.data_ptr(), address_of(added), output.data_ptr())
+    tokens = input.numel() // columns
+    status = library.prequant_run_linear(layer.address, *places, tokens, _workspace.address)
+    if status == native.SMALL_SCRATCH:
+        _workspace.grow()
+        status = library.prequant_run_linear(layer.address, *places, tokens, _workspace.address)
     if status:
         native.check(status, "packed_linear")
     return output

@@ -15,7 +15,7 @@
 
 // Raised by one with every change that would break a caller of the functions below: a signature, a layout, a meaning.
 // runtime/native.py holds the number that it was written for and refuses any other.
-#define PREQUANT_ABI_VERSION 2
+#define PREQUANT_ABI_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -35,11 +35,12 @@ PREQUANT_API const char *prequant_isa(void);
 // What a call returns: nothing was written unless it is PREQUANT_OK.
 enum prequant_status {
     PREQUANT_OK = 0,
-    PREQUANT_BAD_WEIGHT = 1,  // a description that makes no sense, or outliers outside the weight
-    PREQUANT_BAD_PANELS = 2,  // memory that prequant_pack_panels did not write, or another version of it did
-    PREQUANT_BAD_ISA = 3,     // an instruction set that this library or this processor does not have
-    PREQUANT_BAD_CALL = 4,    // sizes that do not fit the weight, or too little scratch
-    PREQUANT_BAD_ROW = 5      // a row that the weight does not have
+    PREQUANT_BAD_WEIGHT = 1,    // a description that makes no sense, or outliers outside the weight
+    PREQUANT_BAD_PANELS = 2,    // memory that prequant_pack_panels did not write, or another version of it did
+    PREQUANT_BAD_ISA = 3,       // an instruction set that this library or this processor does not have
+    PREQUANT_BAD_CALL = 4,      // sizes that do not fit the weight, or linears that do not take one input
+    PREQUANT_BAD_ROW = 5,       // a row that the weight does not have
+    PREQUANT_SMALL_SCRATCH = 6  // less scratch than the call takes: workspace->needed says how much that is
 };
 
 // A weight in the neutral layout (runtime/formats.py), as a sum of terms:
@@ -90,20 +91,31 @@ typedef struct {
     int32_t activation;        // enum prequant_activation
 } prequant_linear;
 
-// Bytes of scratch that prequant_run_linear takes for so many tokens and threads; -1 for panels that are none, and
-// for an instruction set that is none.
-PREQUANT_API int64_t prequant_linear_scratch(const prequant_linear *linear, int64_t tokens, int32_t threads,
-                                             const char *isa);
+// What a caller lends to a call. Two calls at once take one each.
+typedef struct {
+    void *scratch;          // at a multiple of 64; null with scratch_bytes 0
+    int64_t scratch_bytes;
+    int64_t needed;         // written by a call that returns PREQUANT_SMALL_SCRATCH: what it takes
+    const char *isa;        // one of prequant_isa's names
+    int32_t threads;        // at most so many
+} prequant_workspace;
 
-// output = activation(quantized(input) @ W^T + bias) + residual, from [tokens][columns] to [tokens][rows], contiguous;
-// the residual, as large as the output, may be null.
+#define PREQUANT_MAX_LINEARS 16  // of a call
+
+// outputs[i] = activation(quantized(input) @ W^T + bias) + residuals[i] for each linear i, from [tokens][columns] to
+// [tokens][rows of i], contiguous. A residual, as large as its output, may be null, and so may `residuals`. The linears
+// share columns and type, and what is read of the input wherever they quantize it alike.
 //
 // Quantized inputs are integers a in the range of input_levels around 0: `dynamic` scales each token by its largest
 // magnitude (PREQUANT_INPUT_DYNAMIC), `static` all by input_scale. Sums of a * u are exact; all else is float32. A token
-// that holds NaN or infinity gives NaN throughout. `isa` is one of prequant_isa's names.
+// that holds NaN or infinity gives NaN throughout.
+PREQUANT_API int32_t prequant_run_linears(const prequant_linear *const *linears, int32_t count, const void *input,
+                                          const void *const *residuals, void *const *outputs, int64_t tokens,
+                                          prequant_workspace *workspace);
+
+// The same for one.
 PREQUANT_API int32_t prequant_run_linear(const prequant_linear *linear, const void *input, const void *residual,
-                                         void *output, int64_t tokens, void *scratch, int64_t scratch_bytes,
-                                         int32_t threads, const char *isa);
+                                         void *output, int64_t tokens, prequant_workspace *workspace);
 
 #ifdef __cplusplus
 }
