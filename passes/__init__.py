@@ -6,6 +6,7 @@ from .base import Pass, PassError, Report, WeightPass
 from .binary_code import BinaryCode
 from .calibrate import CalibrationError, calibrate
 from .canonicalize import Canonicalize
+from .compose_ops import ComposeOps
 from .config import ConfigError
 from .freeze import Freeze
 from .fuse_epilogue import FuseEpilogue
@@ -13,6 +14,7 @@ from .lower import Lower, lower
 from .observers import Damage, Dump, Observer, Step, Timing, Verify
 from .options import Option, OptionError
 from .pipeline import Pipeline
+from .plan import Plan
 from .printing import readable
 from .program import Input, Program, ProgramInfo, Signature
 from .properties import define_property
@@ -31,6 +33,7 @@ __all__ = [
     "BinaryCode",
     "CalibrationError",
     "Canonicalize",
+    "ComposeOps",
     "ConfigError",
     "Damage",
     "Dump",
@@ -46,6 +49,7 @@ __all__ = [
     "PassError",
     "PassTextError",
     "Pipeline",
+    "Plan",
     "Program",
     "ProgramInfo",
     "QuantizeActivations",

@@ -13,8 +13,10 @@ from prequant.runtime import ops
 
 from .aliasing import is_view
 from .base import PassError, Report, WeightPass
+from .compose_ops import ComposeOps
 from .fuse_epilogue import FuseEpilogue
 from .pipeline import Pipeline
+from .plan import Plan
 from .program import Program
 from .properties import operands_of
 from .scope import Scope
@@ -194,8 +196,8 @@ def _is_matrix(tensor: Tensor) -> bool:
 
 
 def lower(program: Program, strict: bool = False) -> Program:
-    """The program with every weight expression lowered, and what follows packed linears fused into them.
+    """The program with every weight expression lowered, what belongs together fused, and run by a plan where it can be.
 
-    What was lowered, kept and fused is in its reports: the last two are of ``lower`` and of ``fuse-epilogue``.
+    What each step did is in its reports: the last are of ``lower``, ``compose-ops``, ``fuse-epilogue`` and ``plan``.
     """
-    return Pipeline([Lower(strict=strict), FuseEpilogue()])(program)
+    return Pipeline([Lower(strict=strict), ComposeOps(), FuseEpilogue(), Plan()])(program)

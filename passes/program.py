@@ -21,6 +21,9 @@ from .devices import set_device
 from .modes import set_training
 
 if TYPE_CHECKING:
+    from torch.fx.graph import PythonCode
+
+    from .plan.runner import PlanRunner
     from .reports import Report
 
 OutputTree: TypeAlias = "int | list[OutputTree] | tuple[OutputTree, ...] | dict[str, OutputTree] | None"
@@ -85,6 +88,10 @@ class ProgramInfo:
     transposed: tuple[str, ...] = ()
 
 
+PLANNED, RUNNER = "planned", "_plan_runner"
+"""The key in a Program's ``meta`` that says whether it is planned, and the attribute that keeps its plan."""
+
+
 class Program(fx.GraphModule):
     """A traced model: graph, tensors under the model's own names, and how to call it (see the module's docstring)."""
 
@@ -132,7 +139,40 @@ class Program(fx.GraphModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call like the model: inputs by position or name; the result is nested like the model's."""
-        return self.nest_outputs(super().__call__(*self.bind(args, kwargs)))
+        inputs = self.bind(args, kwargs)
+        runner = self.runner
+        if runner is not None and runner.runs(self, inputs):
+            return self.nest_outputs(runner(self, inputs))
+        return self.nest_outputs(super().__call__(*inputs))
+
+    @property
+    def planned(self) -> bool:
+        """Whether calls go by a plan where they can; see :class:`prequant.passes.Plan`."""
+        return bool(self.meta.get(PLANNED, False))
+
+    @planned.setter
+    def planned(self, planned: bool) -> None:
+        self.meta[PLANNED] = planned
+
+    @property
+    def runner(self) -> PlanRunner | None:
+        """What runs the plan of the graph as it is now; None for a Program that is not planned."""
+        if not self.planned:
+            return None
+        runner: PlanRunner | None = self.__dict__.get(RUNNER)
+        if runner is None:
+            from .plan.runner import PlanRunner  # plans are made by passes, which are made of Programs
+
+            self.__dict__[RUNNER] = runner = PlanRunner(self)
+        return runner
+
+    def recompile(self) -> PythonCode:
+        """Generate the code of the graph anew; the plan of another graph goes."""
+        before = self.__dict__.get("_code")
+        code = super().recompile()
+        if self._code != before:
+            self.__dict__.pop(RUNNER, None)
+        return code
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """Flat inputs in the order of the signature.

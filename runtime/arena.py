@@ -10,9 +10,7 @@ import numpy.typing as npt
 ALIGNMENT = 64
 
 
-def placed(
-    bytes: npt.NDArray[np.int64], lives: Sequence[tuple[int, int]]
-) -> tuple[npt.NDArray[np.int64], int]:
+def placed(bytes: npt.NDArray[np.int64], lives: Sequence[tuple[int, int]]) -> tuple[npt.NDArray[np.int64], int]:
     """Offsets of buffers of so many ``bytes`` each, and the bytes of all together.
 
     ``lives`` are the first and last step that needs each. The largest are placed first, each at the lowest offset where
@@ -24,9 +22,7 @@ def placed(
     total = 0
     for index in sorted(range(len(bytes)), key=lambda i: (-int(bytes[i]), i)):
         first, last = lives[index]
-        others = sorted(
-            (int(offsets[i]), int(bytes[i])) for i in done if lives[i][0] <= last and first <= lives[i][1]
-        )
+        others = sorted((int(offsets[i]), int(bytes[i])) for i in done if lives[i][0] <= last and first <= lives[i][1])
         at = 0
         for offset, size in others:
             if offset - at >= bytes[index]:

@@ -41,8 +41,14 @@ FUNCTIONS = {
     "prequant_pack_panels": (_INT, (_POINTER, _POINTER, _INT)),
     "prequant_run_linears": (_INT, (_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _POINTER)),
     "prequant_run_linear": (_INT, (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _POINTER)),
+    "prequant_plan_scratch": (_LONG, (_POINTER, _LONG, _INT, ctypes.c_char_p)),
+    "prequant_run_plan": (
+        _INT,
+        (_POINTER, _LONG, _POINTER, _POINTER, _LONG, _INT, ctypes.c_char_p, ctypes.POINTER(_LONG)),
+    ),
 }
-"""The library's functions with their results and arguments; these and the structures are ``prequant_native.h``'s."""
+"""The library's functions with their results and arguments; these and the structures are ``prequant_native.h``'s and
+``prequant_plan.h``'s."""
 
 
 class Weight(ctypes.Structure):

@@ -136,6 +136,30 @@ def _takes_input(format: WeightFormat, scale: Tensor | None, zero_point: Tensor 
     return scale.numel() == 1 and (zero_point is None or zero_point.numel() == 1)
 
 
+def packed_layer(
+    format: WeightFormat,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    outliers: Outliers | None,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    columns: int,
+    input_format: WeightFormat | None,
+    activation: str,
+    dtype: torch.dtype,
+) -> PackedLayer:
+    """The layer that a call of ``packed_linear`` runs, with its weight packed, if it is not yet."""
+    tensors = (codes, scale, zero_point, *(outliers[:3] if outliers is not None else ()))
+    made_from = (format, columns, outliers is not None and outliers.replace, *map(_state, tensors))
+    weight = _packed.get(codes)
+    if weight is None or weight.made_from != made_from:
+        weight = PackedWeight(_pack(format, codes, scale, zero_point, outliers, columns), made_from, tensors)
+        _packed[codes] = weight
+    return weight.layer(bias, input_scale, input_zero_point, input_format, activation, dtype)
+
+
 def packed_linear(
     format: WeightFormat,
     input: Tensor,
@@ -152,13 +176,8 @@ def packed_linear(
     residual: Tensor | None,
 ) -> Tensor:
     """See :func:`prequant.runtime.reference.packed_linear`; ``[..., rows]`` in the input's dtype."""
-    tensors = (codes, scale, zero_point, *(outliers[:3] if outliers is not None else ()))
-    made_from = (format, columns, outliers is not None and outliers.replace, *map(_state, tensors))
-    weight = _packed.get(codes)
-    if weight is None or weight.made_from != made_from:
-        weight = PackedWeight(_pack(format, codes, scale, zero_point, outliers, columns), made_from, tensors)
-        _packed[codes] = weight
-    layer = weight.layer(bias, input_scale, input_zero_point, input_format, activation, input.dtype)
+    operands = (bias, input_scale, input_zero_point, columns, input_format, activation)
+    layer = packed_layer(format, codes, scale, zero_point, outliers, *operands, input.dtype)
     return _run(layer, input.contiguous(), residual, codes.shape[-2], columns)
 
 

@@ -19,13 +19,14 @@ GROUP_MULTIPLE = 8
 """Groups that the kernels take are multiples of so many columns."""
 
 
-def _accepts(format: WeightFormat, scale: Tensor) -> bool:
+def accepts(format: WeightFormat, scale: Tensor) -> bool:
+    """Whether the kernels can unpack a weight of that format and those scales."""
     on = native.chosen_isa() != native.REFERENCE
     return on and scale.dtype is torch.float32 and not format.group_size % GROUP_MULTIPLE
 
 
 def _accepts_dequantize(format: WeightFormat, codes: Tensor, scale: Tensor, *_: object) -> bool:
-    return _accepts(format, scale)
+    return accepts(format, scale)
 
 
 def _dequantize(
@@ -35,7 +36,7 @@ def _dequantize(
 
 
 def _accepts_embedding(format: WeightFormat, ids: Tensor, codes: Tensor, scale: Tensor, *_: object) -> bool:
-    return _accepts(format, scale)
+    return accepts(format, scale)
 
 
 def _packed_embedding(
@@ -65,7 +66,7 @@ def _accepts_trained_linear(
     *_: object,
 ) -> bool:
     trained = (scale, zero_point, None if outliers is None else outliers.values)
-    return _accepts(format, scale) and records_gradients(*trained)
+    return accepts(format, scale) and records_gradients(*trained)
 
 
 def _trained_linear(

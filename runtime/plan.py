@@ -38,7 +38,7 @@ FUNCTIONS = {
 
 NO_MASK, BOOL_MASK, FLOAT_MASK = range(3)
 
-HEAD_WORDS = 4
+HEAD_WORDS, LAYER_WORD = 4, 3
 OPERAND_WORDS = 2 + AXES
 STEP_WORDS = HEAD_WORDS + SIZES + OPERANDS * OPERAND_WORDS
 """Words of 64 bits of a ``prequant_step``: kind, option, number, layer, sizes, operands (buffer, offset, strides)."""
@@ -137,7 +137,8 @@ class Plan:
 
     def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
         """The flat results. Raises what PyTorch's calls do, ``IndexError`` for ids outside of an embedding, and
-        :class:`~prequant.runtime.native.NativeLibraryError` for steps that the library refuses."""
+        :class:`~prequant.runtime.native.NativeLibraryError` for steps that the library refuses.
+        """
         try:
             workspace = self._idle.pop()  # one call at a time has it
         except IndexError:

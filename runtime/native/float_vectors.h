@@ -26,7 +26,7 @@ inline Floats load(const float *from) {
 inline void store(float *to, Floats floats) { std::memcpy(to, &floats, sizeof floats); }
 
 // The first `count` lanes, the others as in `rest`.
-inline Floats load_some(const float *from, int64_t count, Floats rest = {}) {
+inline Floats load_some(const float *from, int64_t count, Floats rest = Floats{}) {
     std::memcpy(&rest, from, static_cast<size_t>(count) * sizeof(float));
     return rest;
 }

@@ -33,7 +33,7 @@ struct Run {
     const prequant_step *steps;
     int64_t count;
     PlanCall call;
-    Barrier barrier;
+    Barrier barrier{};
     std::atomic<int32_t> status{PREQUANT_OK};
     int64_t failed = -1;
 

@@ -4,6 +4,7 @@
 #define PREQUANT_STEPS_H
 
 #include "float_kernels.h"
+#include "kernels.h"
 #include "linear.h"
 #include "prequant_plan.h"
 
