@@ -301,7 +301,8 @@ class _Workspace:
             length = numbers[self.plan.buffers[view.buffer].bytes]
             base = self.arena[start : start + length].view(view.dtype)
         else:
-            base = self.plan.constants.get(view.buffer, self.tensors.get(view.buffer))  # type: ignore[arg-type]
-            if base is None:
+            held = self.tensors.get(view.buffer, self.plan.constants.get(view.buffer))
+            if held is None:
                 raise PrequantError(f"buffer {view.buffer} of a plan is read before it is written")
+            base = held
         return base.as_strided(sizes, strides, base.storage_offset() + offset)

@@ -80,7 +80,7 @@ def _simplified(program: Program) -> Program:
 def _take(builder: Builder, node: fx.Node) -> Layout | None:
     """Add a node; returns the layout of an input."""
     builder.node = node
-    value = node.meta.get("val")
+    value: Any = node.meta.get("val")
     if node.op == "placeholder":
         builder.values[node] = layout = builder.buffer(value.dtype, sizes_of(value), own=False)
         return layout

@@ -157,14 +157,8 @@ def _mapped(
         flat = (product(sizes[:-1]), sizes[-1]) if sizes else (1,)
         operands = [view for layout in operands if (view := layout.viewed(flat)) is not None]
     four, (left, written, *rest) = four_axes(*operands)
-    step = Step(
-        runtime_plan.ELEMENTWISE,
-        (left, rest[0] if rest else None, written),
-        four,
-        runtime_plan.FUNCTIONS[function],
-        number,
-    )
-    builder.step(step, [out])
+    parts = (left, rest[0] if rest else None, written)
+    builder.step(Step(runtime_plan.ELEMENTWISE, parts, four, runtime_plan.FUNCTIONS[function], number), [out])
     return out
 
 

@@ -129,10 +129,10 @@ VIEWS: dict[Any, Handler] = {
 def take_view(builder: Builder, node: fx.Node) -> bool:
     """Give a node that is a view its layout. Returns whether it is one."""
     if node.target is operator.getitem:
-        parts = builder.value(node.args[0])
-        if not isinstance(parts, list):
+        parts, index = builder.value(node.args[0]), node.args[1]
+        if not isinstance(parts, list) or not isinstance(index, int):
             return False
-        builder.values[node] = parts[node.args[1]]
+        builder.values[node] = parts[index]
         return True
     handler = VIEWS.get(node.target)
     if handler is None:
