@@ -20,7 +20,7 @@ using PanelRowBits = int32_t __attribute__((vector_size(PREQUANT_LANES * sizeof(
 
 constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: leaves no bits for a fraction, so a sum is rounded, ties to even
 
-inline PanelRow all_of(float value) { return PanelRow{} + value; }
+inline PanelRow all_of(float value) { return value - PanelRow{}; }  // nothing to compute, where a sum with 0 turns -0
 inline PanelRow magnitude(PanelRow x) { return reinterpret_cast<PanelRow>(reinterpret_cast<PanelRowBits>(x) & 0x7fffffff); }
 
 // e^x for x <= 0; below -87 the smallest normal numbers.

@@ -16,15 +16,18 @@ constexpr int kVectors = PREQUANT_LANES == 16 ? 4 : 2;
 constexpr int64_t kPanelKeys = kVectors * kLanes;
 constexpr int64_t kFewestTransposed = 4;  // queries
 
-// out [Rows][N vectors] += a [Rows][count] b [count][N vectors]; rows of a, b and out lie so far apart.
-template <int Rows, int N>
+// out [Rows][N vectors] = a [Rows][count] b [count][N vectors]; rows of a, b and out lie so far apart. Of the last vector
+// there are `lanes`: all of them if Whole.
+template <int Rows, int N, bool Whole>
 inline void multiply(const float *a, int64_t a_row, const float *b, int64_t b_row, int64_t count, float *out,
-                     int64_t out_row, int64_t last_lanes) {
+                     int64_t out_row, int64_t lanes) {
     Floats sums[Rows][N] = {};
     for (int64_t k = 0; k < count; ++k) {
         Floats of_b[N];
-        for (int n = 0; n < N; ++n) of_b[n] = n + 1 < N || last_lanes == kLanes ? load(b + k * b_row + n * kLanes)
-                                                                               : load_some(b + k * b_row + n * kLanes, last_lanes);
+        for (int n = 0; n < N; ++n) {
+            const float *from = b + k * b_row + n * kLanes;
+            of_b[n] = Whole || n + 1 < N ? load(from) : load_some(from, lanes);
+        }
         for (int r = 0; r < Rows; ++r) {
             const Floats of_a = all_of(a[r * a_row + k]);
             for (int n = 0; n < N; ++n) sums[r][n] += of_a * of_b[n];
@@ -32,8 +35,12 @@ inline void multiply(const float *a, int64_t a_row, const float *b, int64_t b_ro
     }
     for (int r = 0; r < Rows; ++r) {
         for (int n = 0; n < N; ++n) {
-            const int64_t lanes = n + 1 < N ? kLanes : last_lanes;
-            store_some(out + r * out_row + n * kLanes, sums[r][n], lanes);
+            float *to = out + r * out_row + n * kLanes;
+            if (Whole || n + 1 < N) {
+                store(to, sums[r][n]);
+            } else {
+                store_some(to, sums[r][n], lanes);
+            }
         }
     }
 }
@@ -43,12 +50,12 @@ inline void multiply_columns(const float *a, int64_t a_row, const float *b, int6
                              int64_t out_row, int64_t columns) {
     int64_t c = 0;
     for (; c + kPanelKeys <= columns; c += kPanelKeys) {
-        multiply<Rows, kVectors>(a, a_row, b + c, b_row, count, out + c, out_row, kLanes);
+        multiply<Rows, kVectors, true>(a, a_row, b + c, b_row, count, out + c, out_row, kLanes);
     }
-    for (; c < columns; c += kLanes) {
-        const int64_t lanes = columns - c < kLanes ? columns - c : kLanes;
-        multiply<Rows, 1>(a, a_row, b + c, b_row, count, out + c, out_row, lanes);
+    for (; c + kLanes <= columns; c += kLanes) {
+        multiply<Rows, 1, true>(a, a_row, b + c, b_row, count, out + c, out_row, kLanes);
     }
+    if (c < columns) multiply<Rows, 1, false>(a, a_row, b + c, b_row, count, out + c, out_row, columns - c);
 }
 
 // out [rows][columns] = a [rows][count] b [count][columns]
