@@ -2,6 +2,7 @@
 
 from . import gradients as _gradients  # noqa: F401  (registers the ops' gradients)
 from . import native_linear as _native_linear  # noqa: F401  (registers the native kernels)
+from . import native_repeat as _native_repeat  # noqa: F401
 from . import native_rows as _native_rows  # noqa: F401
 from . import ops
 from .backends import Backend, register_backend, registered_backends, unregister_backend

@@ -54,24 +54,32 @@ class Backend:
 
 _backends: dict[tuple[str, str], list[Backend]] = {}
 
+on_change: list[Callable[[], object]] = []
+"""What to call when a backend has come or gone: for those who remember which one took a call."""
 
-_recording = threading.local()
+
+class _Recording(threading.local):
+    on = False
+
+
+recording = _Recording()
+"""``recording.on``: whether kernels of this thread run on behalf of autograd (:func:`recording_gradients`)."""
 
 
 @contextlib.contextmanager
 def recording_gradients() -> Iterator[None]:
     """Inside, kernels run on behalf of autograd: what they compute will be differentiated."""
-    before = getattr(_recording, "on", False)
-    _recording.on = True
+    before = recording.on
+    recording.on = True
     try:
         yield
     finally:
-        _recording.on = before
+        recording.on = before
 
 
 def records_gradients(*tensors: Tensor | None) -> bool:
     """Whether autograd, in the call that runs now, wants a gradient for any of ``tensors``."""
-    return getattr(_recording, "on", False) and any(t is not None and t.requires_grad for t in tensors)
+    return recording.on and any(t is not None and t.requires_grad for t in tensors)
 
 
 def register_backend(backend: Backend) -> None:
@@ -85,6 +93,8 @@ def register_backend(backend: Backend) -> None:
     if any(other.name == backend.name for other in registered):
         raise PrequantError(f"a backend {backend.name!r} for {backend.op} on {backend.device} is already registered")
     registered.insert(0, backend)
+    for changed in on_change:
+        changed()
 
 
 def unregister_backend(backend: Backend) -> None:
@@ -93,6 +103,8 @@ def unregister_backend(backend: Backend) -> None:
     if backend not in registered:
         raise PrequantError(f"backend {backend.name!r} for {backend.op} on {backend.device} is not registered")
     registered.remove(backend)
+    for changed in on_change:
+        changed()
 
 
 def registered_backends(op: str, device: str) -> tuple[str, ...]:
@@ -100,9 +112,20 @@ def registered_backends(op: str, device: str) -> tuple[str, ...]:
     return tuple(backend.name for backend in _backends.get((op, device), ()))
 
 
-def call(op: str, reference: Kernel, format: WeightFormat | None, *arguments: Any) -> Tensor:
-    """Run the first backend that accepts the call, or else ``reference``."""
+def is_first(backend: Backend) -> bool:
+    """Whether ``backend`` is asked before all others, so that what it accepted once it would be given again."""
+    return _backends.get((backend.op, backend.device), [None])[:1] == [backend]
+
+
+def choose(op: str, format: WeightFormat | None, *arguments: Any) -> Backend | None:
+    """The first backend that accepts the call; None for the reference."""
     for backend in _backends.get((op, arguments[0].device.type), ()):
         if backend.accepts(format, *arguments):
-            return backend.kernel(format, *arguments)
-    return reference(format, *arguments)
+            return backend
+    return None
+
+
+def call(op: str, reference: Kernel, format: WeightFormat | None, *arguments: Any) -> Tensor:
+    """Run the first backend that accepts the call, or else ``reference``."""
+    backend = choose(op, format, *arguments)
+    return (reference if backend is None else backend.kernel)(format, *arguments)

@@ -6,6 +6,7 @@ depends on the weight alone is remembered: a layer is called again and again wit
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -147,6 +148,16 @@ def epilogue(activation: str, residual: Tensor | None, input: Tensor, codes: Ten
             f"a residual {list(residual.shape)} of {residual.dtype} does not fit a result "
             f"{[*input.shape[:-1], codes.shape[-2]]} of {input.dtype}"
         )
+
+
+def same_lengths(lists: Mapping[str, Sequence[object]]) -> None:
+    """Check that lists of operands, by name, have one element for each of the same linears, of which there are some."""
+    (first, operands), *others = lists.items()
+    if not operands:
+        raise FormatError("packed_linears takes at least one linear")
+    for name, other in others:
+        if len(other) != len(operands):
+            raise FormatError(f"{len(operands)} {first} go with as many {name}, not {len(other)}")
 
 
 def ids(ids: Tensor, codes: Tensor) -> None:

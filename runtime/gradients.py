@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .autograd import register_constant, register_gradient
+from .autograd import register_composite, register_constant, register_gradient
 from .formats import Granularity, WeightFormat
 from .reference import Outliers
 
@@ -167,6 +167,11 @@ def _before_activation(ctx: Any, gradient: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward(gradient, before, approximate="tanh" if "tanh" in ctx.activation else "none")
 
 
+def _packed_linears(*arguments: Any, **options: Any) -> list[Tensor]:
+    """Gradients of several linears are those of each: no part of the backward is shared."""
+    return [ops.packed_linear(*each) for each in ops.linears_of(*arguments, **options)]
+
+
 def _packed_embedding_setup(ctx: Any, needs: Needs, arguments: Arguments, options: dict[str, Any]) -> None:
     ctx.format, ctx.padding_idx = WeightFormat.parse(options["format"]), options["padding_idx"]
     ctx.replace = arguments[7]
@@ -223,5 +228,6 @@ register_gradient("dequantize_bcq", _dequantize_setup, _dequantize_bcq_backward)
 register_gradient("fake_quantize", _fake_quantize_setup, _fake_quantize_backward)
 register_gradient("add_outliers", _add_outliers_setup, _add_outliers_backward)
 register_gradient("packed_linear", _packed_linear_setup, _packed_linear_backward)
+register_composite("packed_linears", _packed_linears)
 register_gradient("packed_embedding", _packed_embedding_setup, _packed_embedding_backward)
 register_constant("dynamic_scale")  # as DeepSpeed's and Huawei Noah's quantizers have it

@@ -85,6 +85,9 @@ class Workspace(ctypes.Structure):
     )
 
 
+MAX_LINEARS = 16
+"""How many linears one call of the library takes."""
+
 ALIGNMENT = 64
 """Bytes that panels and scratch are aligned to."""
 

@@ -67,7 +67,7 @@ def linear(
     outliers = _outliers(outlier_values, outlier_columns, outlier_row_offsets, outliers_replace)
     parsed, parsed_input = _parse(format), _parse(input_format) if input_format else None
     operands = (scale, zero_point, outliers, bias, input_scale, input_zero_point, columns, parsed_input)
-    layer = native_linear.packed_layer(parsed, codes, *operands, activation, torch.float32)
+    layer = native_linear.layer_of(parsed, torch.empty(0), codes, *operands, activation)
     linears = Linears(1, (ctypes.c_void_p * MOST_LINEARS)(layer.address))
     return Layer(ctypes.addressof(linears), (linears, layer))
 

@@ -9,17 +9,17 @@ records gradients for its weight unpacks it instead (native_rows.py).
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import native
+from . import native, native_rows
 from .backends import Backend, records_gradients, register_backend
 from .formats import Granularity, Scheme, WeightFormat
 from .native_weight import NeutralWeight, address_of, float_copy
+from .native_workspace import run
 from .reference import Outliers
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -136,30 +136,6 @@ def _takes_input(format: WeightFormat, scale: Tensor | None, zero_point: Tensor 
     return scale.numel() == 1 and (zero_point is None or zero_point.numel() == 1)
 
 
-def packed_layer(
-    format: WeightFormat,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    outliers: Outliers | None,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    columns: int,
-    input_format: WeightFormat | None,
-    activation: str,
-    dtype: torch.dtype,
-) -> PackedLayer:
-    """The layer that a call of ``packed_linear`` runs, with its weight packed, if it is not yet."""
-    tensors = (codes, scale, zero_point, *(outliers[:3] if outliers is not None else ()))
-    made_from = (format, columns, outliers is not None and outliers.replace, *map(_state, tensors))
-    weight = _packed.get(codes)
-    if weight is None or weight.made_from != made_from:
-        weight = PackedWeight(_pack(format, codes, scale, zero_point, outliers, columns), made_from, tensors)
-        _packed[codes] = weight
-    return weight.layer(bias, input_scale, input_zero_point, input_format, activation, dtype)
-
-
 def packed_linear(
     format: WeightFormat,
     input: Tensor,
@@ -176,46 +152,40 @@ def packed_linear(
     residual: Tensor | None,
 ) -> Tensor:
     """See :func:`prequant.runtime.reference.packed_linear`; ``[..., rows]`` in the input's dtype."""
-    operands = (bias, input_scale, input_zero_point, columns, input_format, activation)
-    layer = packed_layer(format, codes, scale, zero_point, outliers, *operands, input.dtype)
-    return _run(layer, input.contiguous(), residual, codes.shape[-2], columns)
-
-
-class Workspace(threading.local):
-    """What this thread lends to its calls. Its scratch grows to what the largest of them takes, and is kept."""
-
-    def __init__(self) -> None:
-        self._lent = native.Workspace()
-        self._scratch: Tensor | None = None
-        self.address = ctypes.addressof(self._lent)
-
-    def prepare(self, threads: int, isa: bytes) -> None:
-        """Set what may have changed since the last call."""
-        self._lent.threads, self._lent.isa = threads, isa
-
-    def grow(self) -> None:
-        """Make the scratch as large as the last call found that it takes."""
-        self._scratch = native.aligned_bytes(self._lent.needed)
-        self._lent.scratch, self._lent.scratch_bytes = self._scratch.data_ptr(), self._lent.needed
-
-
-_workspace = Workspace()
-
-
-def _run(layer: PackedLayer, input: Tensor, residual: Tensor | None, rows: int, columns: int) -> Tensor:
-    library = native.load()
-    _workspace.prepare(torch.get_num_threads(), native.chosen_isa().encode())
-    output = input.new_empty((*input.shape[:-1], rows))
+    layer = layer_of(
+        *(format, input, codes, scale, zero_point, outliers, bias, input_scale, input_zero_point, columns),
+        *(input_format, activation),
+    )
+    input = input.contiguous()
+    output = input.new_empty((*input.shape[:-1], codes.shape[-2]))
     added = None if residual is None else residual.contiguous()
-    places = (input.data_ptr(), address_of(added), output.data_ptr())
-    tokens = input.numel() // columns
-    status = library.prequant_run_linear(layer.address, *places, tokens, _workspace.address)
-    if status == native.SMALL_SCRATCH:
-        _workspace.grow()
-        status = library.prequant_run_linear(layer.address, *places, tokens, _workspace.address)
-    if status:
-        native.check(status, "packed_linear")
+    run(layer.address, input.data_ptr(), address_of(added), output.data_ptr(), input.numel() // columns)
     return output
+
+
+def layer_of(
+    format: WeightFormat,
+    input: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    outliers: Outliers | None,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    columns: int,
+    input_format: WeightFormat | None,
+    activation: str,
+    *_: object,
+) -> PackedLayer:
+    """The layer that a call of :func:`packed_linear` runs; its weight is packed if it is new, or not what it was."""
+    tensors = (codes, scale, zero_point, *(outliers[:3] if outliers is not None else ()))
+    made_from = (format, columns, outliers is not None and outliers.replace, *map(_state, tensors))
+    weight = _packed.get(codes)
+    if weight is None or weight.made_from != made_from:
+        weight = PackedWeight(_pack(format, codes, scale, zero_point, outliers, columns), made_from, tensors)
+        _packed[codes] = weight
+    return weight.layer(bias, input_scale, input_zero_point, input_format, activation, input.dtype)
 
 
 def _state(tensor: Tensor | None) -> tuple[int, int] | None:
@@ -248,4 +218,6 @@ def _pack(
     return panels
 
 
-register_backend(Backend("native", "packed_linear", "cpu", accepts, packed_linear))
+BACKEND = Backend("native", "packed_linear", "cpu", accepts, packed_linear)
+register_backend(native_rows.TRAINED_LINEAR)
+register_backend(BACKEND)

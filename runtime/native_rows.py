@@ -108,6 +108,8 @@ def _rows(
     return out
 
 
+TRAINED_LINEAR = Backend("native rows", "packed_linear", "cpu", _accepts_trained_linear, _trained_linear)
+"""Registered in native_linear.py, which knows the order of the two."""
+
 register_backend(Backend("native", "dequantize", "cpu", _accepts_dequantize, _dequantize))
-register_backend(Backend("native rows", "packed_linear", "cpu", _accepts_trained_linear, _trained_linear))
 register_backend(Backend("native", "packed_embedding", "cpu", _accepts_embedding, _packed_embedding))

@@ -8,7 +8,7 @@ so that training on frozen codes holds one layer's float weight at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,11 +34,19 @@ _SCHEMAS = {
     "uncalibrated": "(Tensor input, *, str format, str observer, str name) -> Tensor",
     "add_outliers": "(Tensor weight, Tensor values, Tensor columns, Tensor row_offsets, *, bool replace) -> Tensor",
     "packed_linear": f"(Tensor input, Tensor codes, Tensor scale, Tensor? zero_point, {_OUTLIERS}, Tensor? bias, "
-    "Tensor? input_scale, Tensor? input_zero_point, Tensor? residual=None, *, str format, int columns, "
+    "Tensor? input_scale, Tensor? input_zero_point, Tensor? residual=None, str format='', int columns=0, "
     "str input_format='', str activation='') -> Tensor",
+    "packed_linears": "(Tensor input, Tensor[] codes, Tensor[] scales, Tensor?[] zero_points, "
+    "Tensor?[] outlier_values, Tensor?[] outlier_columns, Tensor?[] outlier_row_offsets, bool[] outliers_replace, "
+    "Tensor?[] biases, Tensor? input_scale, Tensor? input_zero_point, str[] formats, str[] activations, int columns, "
+    "str input_format='') -> Tensor[]",
     "packed_embedding": f"(Tensor ids, Tensor codes, Tensor scale, Tensor? zero_point, {_OUTLIERS}, "
     "*, str format, int columns, int padding_idx=-1, ScalarType? dtype=None) -> Tensor",
 }
+"""Options go by keyword alone, but for those of packed linears: torch takes half a microsecond for each that has to.
+``packed_linear`` has defaults for them because a schema asks for some behind ``residual``; there is no weight without a
+format."""
+
 OP_NAMES = tuple(_SCHEMAS)
 for _name, _schema in _SCHEMAS.items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -121,7 +129,11 @@ def _reference_add_outliers(format: None, weight: Tensor, outliers: Outliers) ->
     return reference.add_outliers(weight, outliers)
 
 
-def _packed_linear(
+def _packed_linear(*arguments: Any, **options: Any) -> Tensor:
+    return call("packed_linear", reference.packed_linear, *checked_linear(*arguments, **options))
+
+
+def checked_linear(
     input: Tensor,
     codes: Tensor,
     scale: Tensor,
@@ -134,22 +146,73 @@ def _packed_linear(
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
     residual: Tensor | None = None,
-    *,
-    format: str,
-    columns: int,
+    format: str = "",
+    columns: int = 0,
     input_format: str = "",
     activation: str = "",
-) -> Tensor:
+) -> tuple[Any, ...]:
+    """The arguments of ``packed_linear`` as its backends and its reference take them, once they are known to fit.
+
+    Raises :class:`FormatError` for those that do not.
+    """
     parsed = checks.weight_format(format, columns, codes, scale, zero_point)
     checks.linear(input, codes, columns, bias)
     outliers = checks.outliers(outlier_values, outlier_columns, outlier_row_offsets, outliers_replace, codes.shape[-2])
     parsed_input = checks.activation_format(input_format, input, input_scale, input_zero_point)
     checks.epilogue(activation, residual, input, codes)
-    return call(
-        *("packed_linear", reference.packed_linear, parsed),
-        *(input, codes, scale, zero_point, outliers, bias, input_scale, input_zero_point, columns, parsed_input),
-        *(activation, residual),
+    return (
+        *(parsed, input, codes, scale, zero_point, outliers, bias, input_scale, input_zero_point, columns),
+        *(parsed_input, activation, residual),
     )
+
+
+def _packed_linears(*arguments: Any, **options: Any) -> list[Tensor]:
+    return [call("packed_linear", reference.packed_linear, *each) for each in checked_linears(*arguments, **options)]
+
+
+def linears_of(
+    input: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zero_points: Sequence[Tensor | None],
+    outlier_values: Sequence[Tensor | None],
+    outlier_columns: Sequence[Tensor | None],
+    outlier_row_offsets: Sequence[Tensor | None],
+    outliers_replace: Sequence[bool],
+    biases: Sequence[Tensor | None],
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    formats: Sequence[str],
+    activations: Sequence[str],
+    columns: int,
+    input_format: str = "",
+) -> list[tuple[Any, ...]]:
+    """The calls of ``packed_linear``, each with its arguments by position, that a call of ``packed_linears`` is.
+
+    Raises :class:`FormatError` for lists of different lengths.
+    """
+    lists = {
+        "codes": codes,
+        "scales": scales,
+        "zero_points": zero_points,
+        "outlier_values": outlier_values,
+        "outlier_columns": outlier_columns,
+        "outlier_row_offsets": outlier_row_offsets,
+        "outliers_replace": outliers_replace,
+        "biases": biases,
+        "formats": formats,
+        "activations": activations,
+    }
+    checks.same_lengths(lists)
+    return [
+        (input, *weight, bias, input_scale, input_zero_point, None, format, columns, input_format, activation)
+        for *weight, bias, format, activation in zip(*lists.values(), strict=True)
+    ]
+
+
+def checked_linears(*arguments: Any, **options: Any) -> list[tuple[Any, ...]]:
+    """What :func:`checked_linear` says of each call that a call of ``packed_linears`` is."""
+    return [checked_linear(*each) for each in linears_of(*arguments, **options)]
 
 
 def _packed_embedding(
@@ -176,7 +239,7 @@ def _packed_embedding(
     )
 
 
-KERNELS: dict[str, Callable[..., Tensor]] = {
+KERNELS: dict[str, Callable[..., Any]] = {
     "quantize": _quantize,
     "dequantize": _dequantize,
     "dequantize_bcq": _dequantize_bcq,
@@ -185,10 +248,21 @@ KERNELS: dict[str, Callable[..., Tensor]] = {
     "uncalibrated": _uncalibrated,
     "add_outliers": _add_outliers,
     "packed_linear": _packed_linear,
+    "packed_linears": _packed_linears,
     "packed_embedding": _packed_embedding,
 }
 for _name, _kernel in KERNELS.items():
     library.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+CPU_KERNELS: dict[str, Callable[..., Any]] = {}
+"""Kernels that stand in for those above where all tensors are plain ones on the CPU."""
+
+
+def implement_on_cpu(name: str, kernel: Callable[..., Any]) -> None:
+    """Run ``kernel``, which takes what the op takes, for calls of op ``name`` on the CPU."""
+    CPU_KERNELS[name] = kernel
+    library.impl(name, kernel, "CPU")
+
 
 quantize = torch.ops.prequant.quantize.default
 dequantize = torch.ops.prequant.dequantize.default
@@ -198,6 +272,7 @@ dynamic_scale = torch.ops.prequant.dynamic_scale.default
 uncalibrated = torch.ops.prequant.uncalibrated.default
 add_outliers = torch.ops.prequant.add_outliers.default
 packed_linear = torch.ops.prequant.packed_linear.default
+packed_linears = torch.ops.prequant.packed_linears.default
 packed_embedding = torch.ops.prequant.packed_embedding.default
 
 
@@ -254,6 +329,11 @@ def _(weight: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, *, r
 @torch.library.register_fake("prequant::packed_linear", lib=library)
 def _(input: Tensor, codes: Tensor, *rest: Any, **options: Any) -> Tensor:
     return input.new_empty((*input.shape[:-1], codes.shape[-2]))
+
+
+@torch.library.register_fake("prequant::packed_linears", lib=library)
+def _(input: Tensor, codes: Sequence[Tensor], *rest: Any, **options: Any) -> list[Tensor]:
+    return [input.new_empty((*input.shape[:-1], each.shape[-2])) for each in codes]
 
 
 @torch.library.register_fake("prequant::packed_embedding", lib=library)

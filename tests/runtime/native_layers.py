@@ -41,6 +41,19 @@ class Layer:
         parts = (self.codes, self.scale, self.zero_point, self.outliers)
         return reference.packed_weight(*parts, self.format, self.columns).double()
 
+    def magnitude(self) -> Tensor:
+        """What is added up for each element of the weight: planes, and a zero point, may take away what codes bring."""
+        if self.format.scheme is Scheme.BCQ:
+            ones = torch.full_like(self.codes, 255)
+            return (
+                self.weight().abs() + reference.dequantize(ones, self.scale, None, self.format, self.columns).double()
+            )
+        if self.zero_point is None:
+            return self.weight().abs()
+        middle = torch.full_like(self.zero_point, self.format.levels / 2)
+        lowest = reference.dequantize(torch.zeros_like(self.codes), self.scale, middle, self.format, self.columns)
+        return self.weight().abs() + lowest.double().abs()
+
     def __call__(
         self,
         input: Tensor,

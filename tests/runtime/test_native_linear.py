@@ -18,7 +18,7 @@ def assert_linear(result: Tensor, input: Tensor, layer: Layer, tolerance: float 
     """Against float64, relative to the sum of magnitudes, which is what rounding is relative to."""
     input, weight = input.double().reshape(-1, layer.columns), layer.weight()
     expected = (input @ weight.T + layer.bias.double()).reshape(result.shape)
-    size = (input.abs() @ weight.abs().T + layer.bias.double().abs()).reshape(result.shape)
+    size = (input.abs() @ layer.magnitude().T + layer.bias.double().abs()).reshape(result.shape)
     error = (result.double() - expected).abs() / size
     assert float(error.amax() if error.numel() else 0) < tolerance
 
