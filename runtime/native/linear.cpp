@@ -21,7 +21,7 @@ bool valid(const void *memory) {
 bool quantized(const prequant_linear &linear) { return linear.input != PREQUANT_INPUT_FLOAT; }
 
 struct Scratch {
-    int64_t codes, scales, sums, floats, columns, own, own_bytes, total;
+    int64_t codes, scales, sums, offsets, floats, columns, own, own_bytes, total;
 
     Scratch(const Kernels &kernels, const prequant_linear &linear, int64_t tokens, int32_t threads) {
         const Panels panels = panels_of(linear.panels);
@@ -37,6 +37,7 @@ struct Scratch {
         codes = section(integers ? round_up(tokens, kTokenBlock) * stride : 0);  // AMX reads whole tiles of tokens
         scales = section(integers ? tokens * 4 : 0);
         sums = section(tokens * h.groups * 4);
+        offsets = section(integers ? tokens * h.groups * 4 : 0);
         floats = section(integers ? 0 : tokens * stride * 4);
         const int64_t by_columns = h.outliers && tokens >= kFewestByColumns ? round_up(tokens, kTokenBlock) : 0;
         columns = section(by_columns * stride * (integers ? 1 : 4));
@@ -96,6 +97,7 @@ PREQUANT_API int32_t prequant_run_linear(const prequant_linear *linear, const vo
     job.codes = reinterpret_cast<int8_t *>(base + places.codes);
     job.scales = reinterpret_cast<float *>(base + places.scales);
     job.sums = reinterpret_cast<int32_t *>(base + places.sums);
+    job.offsets = reinterpret_cast<int32_t *>(base + places.offsets);
     job.float_sums = reinterpret_cast<float *>(base + places.sums);
     job.floats = reinterpret_cast<float *>(base + places.floats);
     if (h.outliers && tokens >= kFewestByColumns) {
