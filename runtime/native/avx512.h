@@ -10,14 +10,18 @@
 namespace {
 
 struct Avx512 {
-    static constexpr int kRows = 16, kChains = 8, kTokens = 8;
-    static constexpr bool kInPlace = true;
+    static constexpr int kRows = 16, kPanels = 2, kTokens = 4, kFloatTokens = 8;
+    // A product takes five cycles, and one or two of them begin in each. 16 sums in all leave registers for the codes.
+    template <int B, int M> static constexpr int kStrips = 2;
+    template <int B, int M> static constexpr int kChains = between(1, 8 / (count_of(B) * M), 4);
+    template <int W> static constexpr int kPlaces = 8 / W;
 
     using Codes = __m512i;
     using Ints = __m512i;
     using Floats = __m512;
     // Up to 4 bits: what each code stands for, repeated as often as it fits, so that bits above the code don't matter.
     template <int W> struct Levels { __m512 table; };
+    template <int W> struct Products {};  // they are summed at once
 
     static PREQUANT_INLINE Codes load(const uint8_t *from) { return _mm512_loadu_si512(from); }
     static PREQUANT_INLINE Floats load_floats(const float *from) { return _mm512_loadu_ps(from); }
@@ -25,23 +29,27 @@ struct Avx512 {
     static PREQUANT_INLINE Ints zero() { return _mm512_setzero_si512(); }
     static PREQUANT_INLINE Floats float_zero() { return _mm512_setzero_ps(); }
     static PREQUANT_INLINE Floats spread(float value) { return _mm512_set1_ps(value); }
+    static PREQUANT_INLINE Ints spread(int32_t value) { return _mm512_set1_epi32(value); }
 
-    template <int W> static PREQUANT_INLINE Codes masked(Codes codes, int p) {
-        if (W == 8) return codes;
-        return _mm512_and_si512(codes, _mm512_set1_epi8(static_cast<char>(((1 << W) - 1) << (p * W))));
+    // The codes at a position: `down` positions are shifted away, the code stays at the `place` that is left.
+    template <int W> static PREQUANT_INLINE Codes codes(Codes bytes, int down, int place) {
+        if (W == 8) return bytes;
+        if (down) bytes = _mm512_srli_epi16(bytes, static_cast<unsigned>(down * W));
+        return _mm512_and_si512(bytes, _mm512_set1_epi8(static_cast<char>(((1 << W) - 1) << (place * W))));
     }
-    template <int W> static PREQUANT_INLINE Codes low(Codes codes, int p) {
-        if (W == 8) return codes;
-        return masked<W>(p ? _mm512_srli_epi16(codes, static_cast<unsigned>(p * W)) : codes, 0);
+    // Four columns of a token, for every row.
+    static PREQUANT_INLINE Codes four(const int8_t *inputs) {
+        int32_t columns;
+        std::memcpy(&columns, inputs, sizeof columns);
+        return _mm512_set1_epi32(columns);
     }
-    template <int W> static PREQUANT_INLINE Ints dot(Ints sum, Codes codes, const int8_t *inputs) {
-        int32_t four;
-        std::memcpy(&four, inputs, sizeof four);
-        return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four));
+    template <int W> static PREQUANT_INLINE void dot(Products<W>, Ints &sum, Codes codes, Codes four) {
+        sum = _mm512_dpbusd_epi32(sum, codes, four);
+        asm("" : "+v"(sum));  // or GCC 12 copies the sum before and after its product
     }
+    template <int W> static PREQUANT_INLINE void settle(Products<W>, Ints &) {}
 
     static PREQUANT_INLINE Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
-    static PREQUANT_INLINE Ints subtract(Ints a, int32_t b) { return _mm512_sub_epi32(a, _mm512_set1_epi32(b)); }
     static PREQUANT_INLINE Ints left(Ints a, int by) { return _mm512_slli_epi32(a, static_cast<unsigned>(by)); }
     static PREQUANT_INLINE Ints right(Ints a, int by) { return _mm512_srai_epi32(a, static_cast<unsigned>(by)); }
     static PREQUANT_INLINE Floats to_float(Ints a) { return _mm512_cvtepi32_ps(a); }

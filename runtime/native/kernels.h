@@ -22,7 +22,8 @@ struct Job {
     int8_t *codes;        // [tokens][stride], quantized inputs
     float *scales;        // [tokens]
     int32_t *sums;        // [tokens][groups]: sum of a token's codes over each group
-    float *float_sums;    // the same of inputs that stay float, in the same place
+    int32_t *offsets;     // the same times minus the panels' subtrahend: what products with codes are off by
+    float *float_sums;    // sums of inputs that stay float, in the place of `sums`
     float *floats;        // [tokens][stride], inputs that stay float
     // Codes or floats once more, by columns: [blocks of kTokenBlock tokens][stride][kTokenBlock]. For outliers, which
     // read one column of all tokens; null where there are none, or too few tokens for it to pay.

@@ -7,13 +7,17 @@
 namespace {
 
 struct Avx2 {
-    static constexpr int kRows = 8, kChains = 4, kTokens = 4;
-    static constexpr bool kInPlace = false;  // codes at their bits would saturate vpmaddubsw's 16-bit sums
+    static constexpr int kRows = 8, kPanels = 1, kTokens = 4, kFloatTokens = 4;
+    template <int B, int M> static constexpr int kStrips = M > 1 ? 1 : 2;  // 16 registers hold no more
+    template <int B, int M> static constexpr int kChains = 1;
+    template <int W> static constexpr int kPlaces = 1;  // codes at their bits would saturate vpmaddubsw's 16-bit sums
 
     using Codes = __m256i;
     using Ints = __m256i;
     using Floats = __m256;
     template <int W> struct Levels { __m256 step, subtrahend; };
+    // Products of a block, two columns each: 8 quads of 2 * 15 * 128 are less than 2^15. 8-bit codes take two halves.
+    template <int W> struct Products { __m256i lower, upper; };
 
     static PREQUANT_INLINE Codes load(const uint8_t *from) {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from));
@@ -24,28 +28,31 @@ struct Avx2 {
     static PREQUANT_INLINE Floats float_zero() { return _mm256_setzero_ps(); }
     static PREQUANT_INLINE Floats spread(float value) { return _mm256_set1_ps(value); }
 
-    template <int W> static PREQUANT_INLINE Codes low(Codes codes, int p) {
-        if (W == 8) return codes;
-        const __m256i shifted = p ? _mm256_srli_epi16(codes, p * W) : codes;
-        return _mm256_and_si256(shifted, _mm256_set1_epi8(static_cast<char>((1 << W) - 1)));
-    }
-    template <int W> static PREQUANT_INLINE Codes masked(Codes codes, int p) { return low<W>(codes, p); }
+    static PREQUANT_INLINE Ints spread(int32_t value) { return _mm256_set1_epi32(value); }
 
-    template <int W> static PREQUANT_INLINE Ints dot(Ints sum, Codes codes, const int8_t *inputs) {
-        int32_t four;
-        std::memcpy(&four, inputs, sizeof four);
-        const __m256i spread = _mm256_set1_epi32(four);
-        if (W < 8) return _mm256_add_epi32(sum, quads(codes, spread));
-        // 8-bit codes in two halves: a pair of products must not leave 16 bits.
-        sum = _mm256_add_epi32(sum, quads(low<4>(codes, 0), spread));
-        return _mm256_add_epi32(sum, _mm256_slli_epi32(quads(low<4>(codes, 1), spread), 4));
+    template <int W> static PREQUANT_INLINE Codes codes(Codes bytes, int down, int) {
+        if (W == 8) return bytes;
+        if (down) bytes = _mm256_srli_epi16(bytes, down * W);
+        return _mm256_and_si256(bytes, _mm256_set1_epi8(static_cast<char>((1 << W) - 1)));
     }
-    static PREQUANT_INLINE Ints quads(Codes codes, Codes inputs) {
-        return _mm256_madd_epi16(_mm256_maddubs_epi16(codes, inputs), _mm256_set1_epi16(1));
+    // Four columns of a token, for every row.
+    static PREQUANT_INLINE Codes four(const int8_t *inputs) {
+        int32_t columns;
+        std::memcpy(&columns, inputs, sizeof columns);
+        return _mm256_set1_epi32(columns);
+    }
+    template <int W> static PREQUANT_INLINE void dot(Products<W> &products, Ints &, Codes bytes, Codes four) {
+        const Codes lower = W == 8 ? codes<4>(bytes, 0, 0) : bytes;
+        products.lower = _mm256_add_epi16(products.lower, _mm256_maddubs_epi16(lower, four));
+        if (W < 8) return;
+        products.upper = _mm256_add_epi16(products.upper, _mm256_maddubs_epi16(codes<4>(bytes, 1, 0), four));
+    }
+    template <int W> static PREQUANT_INLINE void settle(Products<W> products, Ints &sum) {
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products.lower, _mm256_set1_epi16(1)));
+        if (W == 8) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products.upper, _mm256_set1_epi16(16)));
     }
 
     static PREQUANT_INLINE Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
-    static PREQUANT_INLINE Ints subtract(Ints a, int32_t b) { return _mm256_sub_epi32(a, _mm256_set1_epi32(b)); }
     static PREQUANT_INLINE Ints left(Ints a, int by) { return _mm256_slli_epi32(a, by); }
     static PREQUANT_INLINE Ints right(Ints a, int by) { return _mm256_srai_epi32(a, by); }
     static PREQUANT_INLINE Floats to_float(Ints a) { return _mm256_cvtepi32_ps(a); }

@@ -8,13 +8,16 @@
 namespace {
 
 struct Scalar {
-    static constexpr int kRows = 16, kChains = 1, kTokens = 4;
-    static constexpr bool kInPlace = false;
+    static constexpr int kRows = 16, kPanels = 1, kTokens = 4, kFloatTokens = 4;
+    template <int B, int M> static constexpr int kStrips = 1;
+    template <int B, int M> static constexpr int kChains = 1;
+    template <int W> static constexpr int kPlaces = 1;
 
     struct Codes { uint8_t bytes[kVector]; };
     struct Ints { int32_t lanes[kRows]; };
     struct Floats { float lanes[kRows]; };
     template <int W> struct Levels { int step, subtrahend; };
+    template <int W> struct Products {};  // they are summed at once
 
     static Codes load(const uint8_t *from) {
         Codes codes;
@@ -35,25 +38,27 @@ struct Scalar {
         return floats;
     }
 
-    template <int W> static Codes low(const Codes &codes, int p) {
+    static Ints spread(int32_t value) {
+        Ints ints;
+        for (int32_t &lane : ints.lanes) lane = value;
+        return ints;
+    }
+
+    template <int W> static Codes codes(const Codes &bytes, int down, int) {
         Codes out;
-        for (int i = 0; i < kVector; ++i) out.bytes[i] = codes.bytes[i] >> (p * W) & ((1 << W) - 1);
+        for (int i = 0; i < kVector; ++i) out.bytes[i] = bytes.bytes[i] >> (down * W) & ((1 << W) - 1);
         return out;
     }
-    template <int W> static Codes masked(const Codes &codes, int p) { return low<W>(codes, p); }
-    template <int W> static Ints dot(Ints sum, const Codes &codes, const int8_t *inputs) {
+    static const int8_t *four(const int8_t *inputs) { return inputs; }
+    template <int W> static void dot(Products<W>, Ints &sum, const Codes &codes, const int8_t *four) {
         for (int r = 0; r < kRows; ++r) {
-            for (int j = 0; j < 4; ++j) sum.lanes[r] += codes.bytes[4 * r + j] * inputs[j];
+            for (int j = 0; j < 4; ++j) sum.lanes[r] += codes.bytes[4 * r + j] * four[j];
         }
-        return sum;
     }
+    template <int W> static void settle(Products<W>, Ints &) {}
 
     static Ints add(Ints a, const Ints &b) {
         for (int r = 0; r < kRows; ++r) a.lanes[r] += b.lanes[r];
-        return a;
-    }
-    static Ints subtract(Ints a, int32_t b) {
-        for (int r = 0; r < kRows; ++r) a.lanes[r] -= b;
         return a;
     }
     static Ints left(Ints a, int by) {

@@ -36,7 +36,7 @@ bool same_reading(const Job &a, const Job &b) {
     const prequant_linear &x = *a.linear, &y = *b.linear;
     if (x.input != y.input) return false;
     if (quantized(x)) {
-        if (x.input_levels != y.input_levels) return false;
+        if (x.input_levels != y.input_levels || a.panels.header->subtrahend != b.panels.header->subtrahend) return false;
         if (x.input == PREQUANT_INPUT_STATIC &&
             (*x.input_scale != *y.input_scale || x.input_zero != y.input_zero)) return false;
     } else if (!a.panels.zeros || !b.panels.zeros) {
@@ -105,6 +105,7 @@ int32_t lay_out(LinearCall &call, const prequant_linear *const *linears, int32_t
             job.codes = sections.take<int8_t>(padded * job.stride);
             job.scales = sections.take<float>(tokens * 4);
             job.sums = sections.take<int32_t>(sums * 4);
+            job.offsets = sections.take<int32_t>(sums * 4);
             if (by_columns[i]) job.code_columns = sections.take<int8_t>(padded * job.stride);
         } else {
             job.floats = sections.take<float>(tokens * job.stride * 4);
@@ -119,6 +120,7 @@ int32_t lay_out(LinearCall &call, const prequant_linear *const *linears, int32_t
         job.codes = reader.codes;
         job.scales = reader.scales;
         job.sums = reader.sums;
+        job.offsets = reader.offsets;
         job.code_columns = reader.code_columns;
         job.floats = reader.floats;
         job.float_sums = reader.float_sums;

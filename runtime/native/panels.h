@@ -104,6 +104,12 @@ constexpr Planes planes_of(int bits) {
     return planes;
 }
 
+constexpr int count_of(int bits) {
+    int n = 0;
+    while (planes_of(bits).width[n]) ++n;
+    return n;
+}
+
 }  // namespace prequant
 
 #endif

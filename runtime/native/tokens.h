@@ -119,7 +119,10 @@ struct Tokens {
             std::memset(codes + columns, 0, static_cast<size_t>(job.stride - columns));
             job.scales[token] = scale;
         }
-        sum_groups(codes, job.sums + token * job.panels.header->groups);
+        const PanelsHeader &h = *job.panels.header;
+        const int32_t *sums = job.sums + token * h.groups;
+        sum_groups(codes, job.sums + token * h.groups);
+        for (int64_t g = 0; g < h.groups; ++g) job.offsets[token * h.groups + g] = -h.subtrahend * sums[g];
         if (job.code_columns) write_columns(token, codes, job.code_columns);
     }
 
