@@ -35,9 +35,9 @@ struct Scratch {
         };
         const bool integers = quantized(linear);
         codes = section(integers ? round_up(tokens, kTokenBlock) * stride : 0);  // AMX reads whole tiles of tokens
-        scales = section(integers ? tokens * 4 : 0);
+        scales = section(tokens * 4);
         sums = section(tokens * h.groups * 4);
-        floats = section(integers ? 0 : tokens * stride * 4);
+        floats = section(integers ? 0 : round_up(tokens, kTokenBlock) * stride * kFloatBytes);
         const int64_t by_columns = h.outliers && tokens >= kFewestByColumns ? round_up(tokens, kTokenBlock) : 0;
         columns = section(by_columns * stride * (integers ? 1 : 4));
         own_bytes = round_up(kernels.own_bytes(panels, linear, tokens), 64);
