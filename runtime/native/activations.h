@@ -16,6 +16,8 @@
 namespace {
 
 using PanelRow = float __attribute__((vector_size(PREQUANT_LANES * sizeof(float)), aligned(4)));
+using PanelRowWords = uint32_t __attribute__((vector_size(PREQUANT_LANES * sizeof(uint32_t)), aligned(4)));
+using PanelRowHalves = uint16_t __attribute__((vector_size(PREQUANT_LANES * sizeof(uint16_t)), aligned(2)));
 using PanelRowBits = int32_t __attribute__((vector_size(PREQUANT_LANES * sizeof(int32_t)), aligned(4)));
 
 constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: leaves no bits for a fraction, so a sum is rounded, ties to even

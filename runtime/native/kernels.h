@@ -10,6 +10,7 @@ namespace prequant {
 
 constexpr int64_t kTokenBlock = 32;
 constexpr int64_t kFewestByColumns = 8;
+constexpr int64_t kFloatBytes = 6;  // of a float input: as such, or (AMX) in three bfloat16 parts
 
 // One call, as the kernels see it. Tokens of quantized inputs are padded with 0 to `stride` bytes each.
 struct Job {
@@ -20,7 +21,7 @@ struct Job {
     int64_t tokens;
     int64_t stride;       // of a token; at least the columns of all blocks, filled up with 0
     int8_t *codes;        // [tokens][stride], quantized inputs
-    float *scales;        // [tokens]
+    float *scales;        // [tokens]: what results are multiplied by; 1 for most inputs that stay float
     int32_t *sums;        // [tokens][groups]: sum of a token's codes over each group
     int32_t *offsets;     // the same times minus the panels' subtrahend: what products with codes are off by
     float *float_sums;    // sums of inputs that stay float, in the place of `sums`

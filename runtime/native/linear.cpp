@@ -101,14 +101,14 @@ int32_t lay_out(LinearCall &call, const prequant_linear *const *linears, int32_t
         Job &job = call.jobs[call.first_of[i]];
         const int64_t padded = round_up(tokens, kTokenBlock);  // AMX reads whole tiles of tokens
         const int64_t sums = tokens * job.panels.header->groups;
+        job.scales = sections.take<float>(tokens * 4);
         if (quantized(*job.linear)) {
             job.codes = sections.take<int8_t>(padded * job.stride);
-            job.scales = sections.take<float>(tokens * 4);
             job.sums = sections.take<int32_t>(sums * 4);
             job.offsets = sections.take<int32_t>(sums * 4);
             if (by_columns[i]) job.code_columns = sections.take<int8_t>(padded * job.stride);
         } else {
-            job.floats = sections.take<float>(tokens * job.stride * 4);
+            job.floats = sections.take<float>(padded * job.stride * kFloatBytes);
             if (job.panels.zeros) job.float_sums = sections.take<float>(sums * 4);
             if (by_columns[i]) job.float_columns = sections.take<float>(padded * job.stride * 4);
         }

@@ -26,7 +26,7 @@ constexpr uint32_t kFma = bit(12), kOsXsave = bit(27), kAvx = bit(28), kF16c = b
 // CPUID leaf 7, EBX
 constexpr uint32_t kAvx2 = bit(5), kAvx512F = bit(16), kAvx512Dq = bit(17), kAvx512Bw = bit(30), kAvx512Vl = bit(31);
 // CPUID leaf 7, ECX and EDX
-constexpr uint32_t kAvx512Vnni = bit(11), kAmxTile = bit(24), kAmxInt8 = bit(25);
+constexpr uint32_t kAvx512Vnni = bit(11), kAmxBf16 = bit(22), kAmxTile = bit(24), kAmxInt8 = bit(25);
 // XCR0: the registers that the operating system saves at a context switch. One it does not save must not be used.
 constexpr uint64_t kYmmState = 0x06, kZmmState = 0xe6, kTileState = 0x60000;
 
@@ -59,7 +59,8 @@ const char *detect() {
         !has_all(ecx, kAvx512Vnni)) {
         return "avx2";
     }
-    if (!has_all(saved, kTileState) || !has_all(edx, kAmxTile | kAmxInt8) || !os_grants_tiles()) {
+    if (!has_all(saved, kTileState) || !has_all(edx, kAmxTile | kAmxInt8 | kAmxBf16) ||
+        !os_grants_tiles()) {
         return "avx512vnni";
     }
     return "amx";

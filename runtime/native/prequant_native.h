@@ -28,7 +28,7 @@ PREQUANT_API int32_t prequant_abi_version(void);
 //   "scalar"      plain C++, any processor
 //   "avx2"        AVX2, FMA, F16C
 //   "avx512vnni"  the above and AVX-512 F, BW, DQ, VL, VNNI
-//   "amx"         the above and AMX-TILE, AMX-INT8
+//   "amx"         the above and AMX-TILE, AMX-INT8, AMX-BF16
 // Each includes the ones before it. On Linux, AMX has to be asked for: the first call asks on behalf of the process.
 PREQUANT_API const char *prequant_isa(void);
 

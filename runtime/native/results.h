@@ -60,47 +60,81 @@ void add_outliers_by_columns(const Job &job, const Value *columns, int64_t row, 
     }
 }
 
-// Scale, bias, activation and residual, then the output. Rows: how many there are, or 0 if only `rows` knows: with a
-// number the compiler makes one vector of them.
-template <int Rows>
-void write_out(const Job &job, int64_t row, int rows_left, int64_t token, int count, float (*sums)[kPanelRows]) {
-    const int rows = Rows ? Rows : rows_left;
-    const prequant_linear &linear = *job.linear;
-    const int64_t width = job.panels.header->rows;
-    alignas(64) float offsets[kPanelRows] = {}, bias[kPanelRows] = {};
-    for (int r = 0; linear.bias && r < rows; ++r) bias[r] = linear.bias[row + r];
-    if (linear.input == PREQUANT_INPUT_STATIC) {
-        for (int r = 0; r < rows; ++r) offsets[r] = linear.input_zero * job.panels.sums[row + r];
+// What turns the sums of a panel's rows into results; the same for every token.
+struct Finish {
+    PanelRow offsets{}, bias{};
+
+    Finish(const Job &job, int64_t row, int rows) {
+        const prequant_linear &linear = *job.linear;
+        const auto size = static_cast<size_t>(rows) * sizeof(float);
+        if (linear.bias) std::memcpy(&bias, linear.bias + row, size);
+        if (linear.input == PREQUANT_INPUT_STATIC) {
+            std::memcpy(&offsets, job.panels.sums + row, size);
+            offsets *= linear.input_zero;
+        }
     }
+
+    PanelRow operator()(const float *sums, float scale) const {
+        PanelRow values;
+        std::memcpy(&values, sums, sizeof values);
+        return (values - offsets) * scale + bias;
+    }
+};
+
+// Up to 16 results of a token, as floats or bfloat16, in `Value`s.
+template <class Value> PanelRow load_results(const Value *from, size_t size) {
+    if constexpr (sizeof(Value) == sizeof(float)) {
+        PanelRow values{};
+        std::memcpy(&values, from, size);
+        return values;
+    } else {
+        PanelRowHalves halves{};
+        std::memcpy(&halves, from, size);
+        return reinterpret_cast<PanelRow>(__builtin_convertvector(halves, PanelRowWords) << 16);
+    }
+}
+
+template <class Value> void store_results(PanelRow values, Value *to, size_t size) {
+    if constexpr (sizeof(Value) == sizeof(float)) {
+        std::memcpy(to, &values, size);
+    } else {
+        // Rounded to nearest even; NaN stays NaN.
+        const auto bits = reinterpret_cast<PanelRowWords>(values);
+        const PanelRowWords rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        const PanelRowWords chosen = values == values ? rounded : bits >> 16 | 0x40;
+        const auto halves = __builtin_convertvector(chosen, PanelRowHalves);
+        std::memcpy(to, &halves, size);
+    }
+}
+
+// Scale, bias, activation and residual, then the output. `Rows`: how many there are, or 0 if only `rows` knows: with a
+// number the compiler knows that a row is a vector.
+template <int Rows, class Value>
+void write_out(const Job &job, int64_t row, int rows, int64_t token, int count, const float (*sums)[kPanelRows]) {
+    const Finish finish(job, row, rows);
+    const size_t size = static_cast<size_t>(Rows ? Rows : rows) * sizeof(Value);
+    const int64_t width = job.panels.header->rows;
+    const float *scales = job.scales + token;
+    const int32_t activation = job.linear->activation;
+    Value *to = static_cast<Value *>(job.output) + token * width + row;
+    if (activation == PREQUANT_IDENTITY && !job.residual) {
+        for (int m = 0; m < count; ++m) store_results(finish(sums[m], scales[m]), to + m * width, size);
+        return;
+    }
+    const Value *residual = job.residual ? static_cast<const Value *>(job.residual) + token * width + row : nullptr;
     for (int m = 0; m < count; ++m) {
-        const float scale = linear.input == PREQUANT_INPUT_FLOAT ? 1.0f : job.scales[token + m];
-        // In an array of its own, which can't overlap the output: the compiler may keep it in a register.
-        alignas(64) float values[kPanelRows];
-        for (int r = 0; r < kPanelRows; ++r) values[r] = (sums[m][r] - offsets[r]) * scale + bias[r];
-        if (linear.activation != PREQUANT_IDENTITY) {
-            PanelRow row_of_panel;
-            std::memcpy(&row_of_panel, values, sizeof values);
-            row_of_panel = activate(linear.activation, row_of_panel);
-            std::memcpy(values, &row_of_panel, sizeof values);
-        }
-        const int64_t place = (token + m) * width + row;
-        const auto size = static_cast<size_t>(rows);
-        if (linear.type == PREQUANT_FLOAT32) {
-            if (job.residual) {
-                alignas(64) float residual[kPanelRows] = {};
-                std::memcpy(residual, static_cast<const float *>(job.residual) + place, size * sizeof(float));
-                for (int r = 0; r < kPanelRows; ++r) values[r] += residual[r];
-            }
-            std::memcpy(static_cast<float *>(job.output) + place, values, size * sizeof(float));
-        } else {
-            alignas(32) uint16_t halves[kPanelRows] = {};
-            if (job.residual) {
-                std::memcpy(halves, static_cast<const uint16_t *>(job.residual) + place, size * sizeof(uint16_t));
-                for (int r = 0; r < kPanelRows; ++r) values[r] += from_bfloat16(halves[r]);
-            }
-            for (int r = 0; r < kPanelRows; ++r) halves[r] = to_bfloat16(values[r]);
-            std::memcpy(static_cast<uint16_t *>(job.output) + place, halves, size * sizeof(uint16_t));
-        }
+        PanelRow values = activate(activation, finish(sums[m], scales[m]));
+        if (residual) values += load_results(residual + m * width, size);
+        store_results(values, to + m * width, size);
+    }
+}
+
+template <int Rows>
+void write_out(const Job &job, int64_t row, int rows, int64_t token, int count, const float (*sums)[kPanelRows]) {
+    if (job.linear->type == PREQUANT_FLOAT32) {
+        write_out<Rows, float>(job, row, rows, token, count, sums);
+    } else {
+        write_out<Rows, uint16_t>(job, row, rows, token, count, sums);
     }
 }
 

@@ -34,8 +34,31 @@ inline uint16_t to_bfloat16(float value) {
     return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
 }
 
-constexpr uint32_t kMagnitude = 0x7fffffff, kInfinity = 0x7f800000;
+constexpr uint32_t kMagnitude = 0x7fffffff, kInfinity = 0x7f800000, kNotANumber = 0x7fc00000;
 constexpr float kSmallestNormal = 1.17549435e-38f;
+
+// How a token is quantized: level = x / scale + zero, rounded and cut off at 0 and top, and its code is level - shift.
+struct Grid {
+    float scale, zero, top;
+    int32_t shift;
+    bool finite;
+};
+
+// `largest`: of the token's magnitudes, which compare as integers do; NaN and infinity come out on top.
+inline Grid grid_of(const prequant_linear &linear, uint32_t largest) {
+    const float half = static_cast<float>(linear.input_levels / 2);
+    Grid grid{1.0f, half, static_cast<float>(linear.input_levels - 1), linear.input_levels / 2, true};
+    if (linear.input == PREQUANT_INPUT_STATIC) {
+        grid.scale = *linear.input_scale;
+        grid.zero += linear.input_zero;
+        grid.finite = largest <= kInfinity;  // infinity has a nearest level, NaN has none
+    } else {
+        grid.finite = largest < kInfinity;
+        grid.scale = float_of(largest) / (half - 1.0f);
+        if (grid.scale < kSmallestNormal) grid.scale = 1.0f;
+    }
+    return grid;
+}
 
 // ---- tokens ---------------------------------------------------------------------------------------------------------
 
@@ -68,6 +91,7 @@ struct Tokens {
     }
 
     void finish_floats(int64_t token, float *row) const {
+        job.scales[token] = 1.0f;
         for (int64_t k = columns; k < job.stride; ++k) row[k] = 0.0f;
         if (job.panels.zeros) sum_groups(row, job.float_sums + token * job.panels.header->groups);
         if (job.float_columns) write_columns(token, row, job.float_columns);
@@ -80,44 +104,25 @@ struct Tokens {
 
     template <class Read> void quantize(int64_t token, Read read) const {
         int8_t *codes = job.codes + token * job.stride;
-        const float half = static_cast<float>(linear.input_levels / 2);
-        const float top = static_cast<float>(linear.input_levels - 1);
-        float scale, zero = half;
-        bool finite = true;
-        if (linear.input == PREQUANT_INPUT_STATIC) {
-            scale = *linear.input_scale;
-            zero += linear.input_zero;
-            uint32_t largest = 0;
-            for (int64_t k = 0; k < columns; ++k) {
-                const uint32_t magnitude = bits_of(read(k)) & kMagnitude;
-                largest = magnitude > largest ? magnitude : largest;
-            }
-            finite = largest <= kInfinity;  // infinity has a nearest level, NaN has none
-        } else {
-            // Magnitudes compare as integers do, and NaN and infinity come out on top.
-            uint32_t largest = 0;
-            for (int64_t k = 0; k < columns; ++k) {
-                const uint32_t magnitude = bits_of(read(k)) & kMagnitude;
-                largest = magnitude > largest ? magnitude : largest;
-            }
-            finite = largest < kInfinity;
-            scale = float_of(largest) / (half - 1.0f);
-            if (scale < kSmallestNormal) scale = 1.0f;
+        uint32_t largest = 0;
+        for (int64_t k = 0; k < columns; ++k) {
+            const uint32_t magnitude = bits_of(read(k)) & kMagnitude;
+            largest = magnitude > largest ? magnitude : largest;
         }
-        if (!finite) {
+        const Grid grid = grid_of(linear, largest);
+        if (!grid.finite) {
             std::memset(codes, 0, static_cast<size_t>(job.stride));
-            job.scales[token] = float_of(0x7fc00000);
+            job.scales[token] = float_of(kNotANumber);
         } else {
-            const int32_t shift = static_cast<int32_t>(half);
             for (int64_t k = 0; k < columns; ++k) {
-                float level = read(k) / scale + zero;
+                float level = read(k) / grid.scale + grid.zero;
                 level = level < 0.0f ? 0.0f : level;
-                level = level > top ? top : level;
-                const int32_t code = static_cast<int32_t>(bits_of(level + kRounding) - bits_of(kRounding)) - shift;
-                codes[k] = static_cast<int8_t>(code);
+                level = level > grid.top ? grid.top : level;
+                codes[k] = static_cast<int8_t>(static_cast<int32_t>(bits_of(level + kRounding) - bits_of(kRounding)) -
+                                               grid.shift);
             }
             std::memset(codes + columns, 0, static_cast<size_t>(job.stride - columns));
-            job.scales[token] = scale;
+            job.scales[token] = grid.scale;
         }
         const PanelsHeader &h = *job.panels.header;
         const int32_t *sums = job.sums + token * h.groups;

@@ -19,7 +19,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni",
 ISA_OPTIONS = {
     "kernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "kernels_avx512vnni": AVX512,
-    "kernels_amx": [*AVX512, "-mamx-tile", "-mamx-int8"],
+    "kernels_amx": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
 
 
