@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,13 +64,19 @@ def linear(
     input_format: str,
     activation: str,
 ) -> Layer:
-    """A ``prequant_linears`` of one ``packed_linear`` on float32 inputs."""
+    """A ``prequant_linear`` of a ``packed_linear`` on float32 inputs."""
     outliers = _outliers(outlier_values, outlier_columns, outlier_row_offsets, outliers_replace)
     parsed, parsed_input = _parse(format), _parse(input_format) if input_format else None
     operands = (scale, zero_point, outliers, bias, input_scale, input_zero_point, columns, parsed_input)
     layer = native_linear.layer_of(parsed, torch.empty(0), codes, *operands, activation)
-    linears = Linears(1, (ctypes.c_void_p * MOST_LINEARS)(layer.address))
-    return Layer(ctypes.addressof(linears), (linears, layer))
+    return Layer(layer.address, (layer,))
+
+
+def together(linears: Sequence[Layer]) -> Layer:
+    """A ``prequant_linears`` of linears that read one input."""
+    addresses = (layer.address for layer in linears)
+    structure = Linears(len(linears), (ctypes.c_void_p * MOST_LINEARS)(*addresses))
+    return Layer(ctypes.addressof(structure), (structure, *linears))
 
 
 def embedding(

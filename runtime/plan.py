@@ -113,13 +113,14 @@ class Plan:
     """See the module's docstring.
 
     ``numbers`` makes the table of numbers of the sizes of the dynamic axes; ``axes`` says where these are: input and
-    axis. ``template`` holds the steps ``[steps, STEP_WORDS]``, in which ``places`` (flat) are filled from the entries
+    axis. ``holds`` says whether the plan is for these sizes. ``template`` holds the steps ``[steps, STEP_WORDS]``, in which ``places`` (flat) are filled from the entries
     ``sources``. ``constants`` are tensors that lie in buffers. ``outputs`` are views, or what does not depend on a
     call. ``new`` are buffers that the caller gets: made anew by each call. ``names`` are those of the steps' nodes.
     ``kept`` is what the addresses in the template point at.
     """
 
     numbers: Callable[..., Numbers]
+    holds: Callable[..., bool]
     axes: tuple[tuple[int, int], ...]
     template: Words
     places: npt.NDArray[np.int64]
@@ -135,8 +136,12 @@ class Plan:
     kept: tuple[Any, ...] = ()
     _idle: list[_Workspace] = field(default_factory=list, compare=False, repr=False)
 
+    def takes(self, *inputs: Tensor) -> bool:
+        """Whether the plan is for inputs of these sizes."""
+        return bool(self.holds(*(inputs[input].shape[axis] for input, axis in self.axes)))
+
     def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
-        """The flat results. Raises what PyTorch's calls do, ``IndexError`` for ids outside of an embedding, and
+        """The flat results, for inputs that it :meth:`takes`. Raises what PyTorch's calls do, ``IndexError`` for ids outside of an embedding, and
         :class:`~prequant.runtime.native.NativeLibraryError` for steps that the library refuses.
         """
         try:

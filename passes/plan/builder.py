@@ -40,8 +40,8 @@ class LayerRequest:
 
 @dataclass
 class Step:
-    """A native step; see ``prequant_step``. Operands in the order that the kind has them. ``ids`` are those of an
-    embedding, and how many rows it has.
+    """A native step; see ``prequant_step``. Operands in the order that the kind has them. ````layers``: an
+    embedding's, or those of linears on one input. ``ids`` are those of an embedding, and how many rows it has.
     """
 
     kind: int
@@ -49,7 +49,7 @@ class Step:
     sizes: tuple[Size, ...]
     option: int = 0
     number: float = 0.0
-    layer: LayerRequest | None = None
+    layers: tuple[LayerRequest, ...] = ()
     ids: tuple[Layout, int] | None = None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from prequant.runtime import PrequantError
+from prequant.runtime import PrequantError, native_layers
 from prequant.runtime import plan as runtime_plan
 
 from ..compose_ops import ComposeOps
@@ -21,7 +21,7 @@ from ..program import Program
 from ..shapes import propagate_shapes
 from .builder import Builder, Call, LayerRequest, Step, Unit, sizes_of
 from .layout import Layout, Size, product, size_of
-from .numbers import NumberTable
+from .numbers import FUNCTIONS, NumberTable
 from .steps import take_step
 from .views import take_view
 
@@ -55,13 +55,14 @@ def draft_plan(program: Program) -> Draft:
     program = _simplified(program)
     if writes(program.graph):
         raise NoPlan("the graph writes into tensors")
-    axes = propagate_shapes(program).axes
+    shapes = propagate_shapes(program)
     builder = Builder(program)
     inputs = [_take(builder, node) for node in program.graph.nodes]
     input_buffers = tuple(layout.buffer for layout in inputs if layout is not None)
     outputs, new = _outputs(builder)
     names = tuple(dict.fromkeys(str(node.target) for node in program.graph.find_nodes(op="get_attr")))
-    return _drafted(builder, input_buffers, outputs, new, _symbols(program, axes), names)
+    symbols = _symbols(program, shapes.axes)
+    return _drafted(builder, input_buffers, outputs, new, symbols, condition(shapes.guards, symbols), names)
 
 
 def _simplified(program: Program) -> Program:
@@ -182,18 +183,21 @@ class Draft:
 
     plan: runtime_plan.Plan
     coverage: Coverage
-    layers: dict[int, LayerRequest]
+    layers: dict[int, tuple[LayerRequest, ...]]
     constants: dict[int, str]
     names: tuple[str, ...]
 
     def finish(self, program: Program) -> runtime_plan.Plan:
         """The plan with the weights that ``program`` has now, packed for the kernels."""
         template = self.plan.template.copy()
-        layers = {row: request(program) for row, request in self.layers.items()}
-        for row, layer in layers.items():
-            template[row, runtime_plan.LAYER_WORD] = layer.address
+        layers = {row: [request(program) for request in requests] for row, requests in self.layers.items()}
+        kept = []
+        for row, made in layers.items():
+            linears = template[row, 0] == runtime_plan.LINEAR
+            kept.append(native_layers.together(made) if linears else made[0])
+            template[row, runtime_plan.LAYER_WORD] = kept[-1].address
         constants = {buffer: program.tensor(name).detach().contiguous() for buffer, name in self.constants.items()}
-        return replace(self.plan, template=template, constants=constants, kept=tuple(layers.values()))
+        return replace(self.plan, template=template, constants=constants, kept=tuple(kept))
 
 
 def _drafted(
@@ -202,6 +206,7 @@ def _drafted(
     outputs: tuple[Any, ...],
     new: dict[int, Layout],
     symbols: dict[sympy.Symbol, tuple[int, int]],
+    holds: Callable[..., bool],
     names: tuple[str, ...],
 ) -> Draft:
     units = ordered(builder.units)
@@ -229,9 +234,10 @@ def _drafted(
             row: (_view(step.ids[0], table), step.ids[1]) for row, (_, step) in enumerate(steps) if step.ids is not None
         },
         numbers=_function(table, list(symbols)),
+        holds=holds,
     )
     calls = tuple((unit.node.name, unit.work.reason) for unit in units if isinstance(unit.work, Call))
-    layers = {row: step.layer for row, (_, step) in enumerate(steps) if step.layer is not None}
+    layers = {row: step.layers for row, (_, step) in enumerate(steps) if step.layers}
     used = {buffer: name for buffer, name in builder.constants.items() if _is_read(buffer, units, outputs)}
     return Draft(plan, Coverage(tuple(dict.fromkeys(plan.names)), calls), layers, used, names)
 
@@ -241,6 +247,15 @@ def _function(table: NumberTable, symbols: list[sympy.Symbol]) -> Any:
         return table.function(symbols)
     except ValueError as error:
         raise NoPlan(str(error)) from error
+
+
+def condition(guards: Iterable[Any], symbols: Iterable[sympy.Symbol]) -> Callable[..., bool]:
+    """Whether sizes are such that shapes with these guards hold. Raises :class:`NoPlan` for other symbols in them."""
+    all_of = sympy.And(*guards)
+    if unknown := all_of.free_symbols - set(symbols):
+        raise NoPlan(f"shapes hang on {', '.join(sorted(map(str, unknown)))}, which no input's shape says")
+    made: Callable[..., bool] = sympy.lambdify(list(symbols), all_of, modules=[FUNCTIONS])
+    return made
 
 
 def _is_read(buffer: int, units: Sequence[Unit], outputs: tuple[Any, ...]) -> bool:

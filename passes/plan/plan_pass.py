@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from prequant.runtime import ops
+
 from ..base import Pass, Report
 from ..program import Program
+
+PACKED = (ops.packed_linear, ops.packed_linears, ops.packed_embedding)
 
 
 @dataclass(frozen=True)
@@ -33,3 +37,8 @@ class Plan(Pass):
             report.keep(name, reason)
         report.totals.update(native=len(coverage.native), torch=len(coverage.torch))
         return report
+
+
+def is_lowered(program: Program) -> bool:
+    """Whether anything in the graph computes on packed codes: what a plan is for."""
+    return any(node.target in PACKED for node in program.graph.nodes)

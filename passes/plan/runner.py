@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prequant.runtime import native
+from prequant.runtime import PrequantError, native
 
 from ..program import Program
 from .compile import Coverage, Draft, NoPlan, draft_plan
@@ -31,7 +31,7 @@ class PlanRunner:
         self._lock = threading.Lock()
         try:
             self._draft = draft_plan(program)
-        except NoPlan as error:
+        except PrequantError as error:
             self._obstacle = str(error)
         names = [] if self._draft is None else self._draft.names
         self._holders = [_holder(program, name) for name in names]
@@ -50,10 +50,14 @@ class PlanRunner:
         return self._draft.coverage
 
     def runs(self, program: Program, inputs: Sequence[Tensor]) -> bool:
-        """Whether a call goes by the plan: in eval mode, on plain tensors of the CPU, where nothing records gradients
-        or looks at what is computed (hooks, modes, autocast, compilers).
+        """Whether a call goes by the plan: in eval mode, on plain tensors of the CPU whose types and sizes it is
+        for, where nothing records gradients or looks at what is computed (hooks, modes, autocast, compilers).
         """
         if self._draft is None or program.training or not all(map(_is_plain, inputs)):
+            return False
+        if any(t.dtype is not item.dtype for t, item in zip(inputs, program.signature.inputs, strict=True)):
+            return False
+        if not self._draft.plan.takes(*inputs):
             return False
         if torch.is_grad_enabled() and any(p.requires_grad for p in program.parameters()):
             return False

@@ -18,7 +18,7 @@ from .layout import Layout, equal, product
 
 aten = torch.ops.aten
 
-Handler = Callable[[Builder, fx.Node, dict[str, Any]], "Layout | str"]
+Handler = Callable[[Builder, fx.Node, dict[str, Any]], "Layout | list[Layout] | str"]
 """The value of a node whose steps were added, or why none were."""
 
 NOT_FLOATS = "its operands are not float32"
@@ -30,28 +30,68 @@ EMBEDDING_OPTIONS = ("format", "columns", "outliers_replace")
 LINEAR_OPTIONS = {"format": "", "columns": 0, "outliers_replace": False, "input_format": "", "activation": ""}
 """Operands of the packed ops; these with what they are where they are not given."""
 
+SHARED = ("input", "input_scale", "input_zero_point", "columns", "input_format")
+SEVERAL = {
+    "codes": "codes",
+    "scale": "scales",
+    "zero_point": "zero_points",
+    "outlier_values": "outlier_values",
+    "outlier_columns": "outlier_columns",
+    "outlier_row_offsets": "outlier_row_offsets",
+    "outliers_replace": "outliers_replace",
+    "bias": "biases",
+    "format": "formats",
+    "activation": "activations",
+}
+"""Operands of ``packed_linears`` that all of its linears have in common, and the lists of those that each has."""
+
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 
 def _packed_linear(builder: Builder, node: fx.Node, operands: dict[str, Any]) -> Layout | str:
-    input = builder.floats(operands["input"])
     residual = operands.get("residual")
     added = builder.floats(residual) if residual is not None else None
-    if input is None or (residual is not None and added is None):
+    if residual is not None and added is None:
         return NOT_FLOATS
-    tensors = builder.names(**{name: operands.get(name) for name in (*WEIGHT_TENSORS, *INPUT_TENSORS)})
-    options = {name: operands.get(name, default) for name, default in LINEAR_OPTIONS.items()}
-    layer = LayerRequest(native_layers.linear, tensors, options)
-    if not layer.ask(native_layers.takes_linear, builder.program):
+    results = _linears(builder, [operands], [node.meta["val"]], added)
+    return results if isinstance(results, str) else results[0]
+
+
+def _packed_linears(builder: Builder, node: fx.Node, operands: dict[str, Any]) -> list[Layout] | str:
+    lists = {single: operands[several] for single, several in SEVERAL.items()}
+    shared = {name: operands[name] for name in SHARED if name in operands}
+    members = [dict(zip(lists, values, strict=True)) | shared for values in zip(*lists.values(), strict=True)]
+    results: list[Layout] = []
+    for first in range(0, len(members), runtime_plan.MOST_LINEARS):
+        part = slice(first, first + runtime_plan.MOST_LINEARS)
+        made = _linears(builder, members[part], node.meta["val"][part], None)
+        if isinstance(made, str):
+            return made
+        results += made
+    return results
+
+
+def _linears(
+    builder: Builder, members: list[dict[str, Any]], values: Any, residual: Layout | None
+) -> list[Layout] | str:
+    """One step of linears that read one input; each has operands of ``packed_linear``, and a fake value."""
+    input = builder.floats(members[0]["input"])
+    if input is None:
+        return NOT_FLOATS
+    layers = []
+    for operands in members:
+        tensors = builder.names(**{name: operands.get(name) for name in (*WEIGHT_TENSORS, *INPUT_TENSORS)})
+        options = {name: operands.get(name, default) for name, default in LINEAR_OPTIONS.items()}
+        layers.append(LayerRequest(native_layers.linear, tensors, options))
+    if not all(layer.ask(native_layers.takes_linear, builder.program) for layer in layers):
         return NO_KERNEL
-    sizes = sizes_of(node.meta["val"])
-    out = builder.buffer(torch.float32, sizes)
+    outs = [builder.buffer(torch.float32, sizes_of(value)) for value in values]
     input = builder.contiguous(input)
-    added = builder.contiguous(added) if added is not None else None
-    tokens = product(sizes[:-1])
-    builder.step(Step(runtime_plan.LINEAR, (input, added, out), (tokens,), layer=layer), [out])
-    return out
+    added = builder.contiguous(residual) if residual is not None else None
+    tokens = product(input.sizes[:-1])
+    builder.step(Step(runtime_plan.LINEAR, (input, added, *outs), (tokens,), layers=tuple(layers)), outs)
+    return outs
 
 
 def _packed_embedding(builder: Builder, node: fx.Node, operands: dict[str, Any]) -> Layout | str:
@@ -66,7 +106,7 @@ def _packed_embedding(builder: Builder, node: fx.Node, operands: dict[str, Any])
     rows = builder.program.tensor(tensors["codes"]).shape[-2]
     ids = builder.contiguous(ids)
     out = builder.buffer(torch.float32, sizes_of(node.meta["val"]))
-    step = Step(runtime_plan.EMBEDDING, (ids, out), (ids.elements,), layer=layer, ids=(ids, rows))
+    step = Step(runtime_plan.EMBEDDING, (ids, out), (ids.elements,), layers=(layer,), ids=(ids, rows))
     builder.step(step, [out])
     return out
 
@@ -215,6 +255,7 @@ def _cat(builder: Builder, node: fx.Node, operands: dict[str, Any]) -> Layout | 
 
 STEPS: dict[Any, Handler] = {
     ops.packed_linear: _packed_linear,
+    ops.packed_linears: _packed_linears,
     ops.packed_embedding: _packed_embedding,
     aten.layer_norm.default: _layer_norm,
     aten.rms_norm.default: _rms_norm,

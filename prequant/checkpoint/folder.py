@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from prequant.model import ModelProgram
 from prequant.passes import Program, ProgramInfo
+from prequant.passes.plan import is_lowered
 from prequant.runtime import LAYOUT_VERSION, PrequantError
 from prequant.traced import TracedProgram
 
@@ -256,6 +257,7 @@ def _assemble(
         raise CheckpointError(f"{record.where}: a tensor can't have that name: {error}") from error
     kind = ModelProgram if "model" in record.record("extra").value else TracedProgram
     program = kind(root, graph, info)
+    program.planned = is_lowered(program)
     return program.train(False)
 
 

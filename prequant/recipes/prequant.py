@@ -13,6 +13,7 @@ from prequant.passes import (
     Lower,
     Pass,
     Pipeline,
+    Plan,
     Program,
     QuantizeActivations,
     QuantizeWeights,
@@ -124,8 +125,8 @@ class PreQuant(Recipe):
         return Pipeline([Canonicalize(), *passes])
 
     def finish(self) -> Pipeline:
-        """Outlier values take their storage type; nothing trains any more."""
-        return Pipeline([Freeze(outlier_dtype=self.outlier_dtype)])
+        """Outlier values take their storage type; nothing trains any more, so calls may go by a plan."""
+        return Pipeline([Freeze(outlier_dtype=self.outlier_dtype), Plan()])
 
     def _split_outliers(self, kept: tuple[str, ...]) -> list[Pass]:
         return (
