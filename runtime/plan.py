@@ -8,8 +8,10 @@ stand calls of PyTorch for what the library does not compute. What makes a plan 
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -98,7 +100,8 @@ class Number:
 @dataclass(frozen=True)
 class TorchCall:
     """A call of PyTorch: arguments are views, numbers, constants and containers of these. ``results`` are the buffers
-    of its tensors, -1 for one that is not a tensor or not needed.
+    of its tensors, -1 for one that is not a tensor or not needed. ``fixed``: sizes alone decide its results, which no
+    one outside gets to see, so that they can be kept.
     """
 
     function: Callable[..., Any]
@@ -106,16 +109,18 @@ class TorchCall:
     kwargs: dict[str, Any]
     results: tuple[int, ...]
     name: str
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
     """See the module's docstring.
 
-    ``numbers`` makes the table of numbers of the sizes of the dynamic axes; ``axes`` says where these are: input and
-    axis. ``holds`` says whether the plan is for these sizes. ``template`` holds the steps ``[steps, STEP_WORDS]``, in which ``places`` (flat) are filled from the entries
-    ``sources``. ``constants`` are tensors that lie in buffers. ``outputs`` are views, or what does not depend on a
-    call. ``new`` are buffers that the caller gets: made anew by each call. ``names`` are those of the steps' nodes.
+    ``numbers`` makes the table of numbers of the sizes of the dynamic axes, ``holds`` says whether the plan is for
+    these sizes; ``axes`` says where they are: input and axis. ``template`` holds the steps ``[steps, STEP_WORDS]``, in
+    which ``places`` (flat) are filled from the entries ``sources``. ``constants`` are tensors that lie in buffers.
+    ``outputs`` are views, or what does not depend on a call. ``new`` are buffers that the caller gets: made anew by
+    each call. ``names`` are those of the steps' nodes, ``ids`` what embeddings look up, by step, and in how many rows.
     ``kept`` is what the addresses in the template point at.
     """
 
@@ -141,7 +146,9 @@ class Plan:
         return bool(self.holds(*(inputs[input].shape[axis] for input, axis in self.axes)))
 
     def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
-        """The flat results, for inputs that it :meth:`takes`. Raises what PyTorch's calls do, ``IndexError`` for ids outside of an embedding, and
+        """The flat results, for inputs that it :meth:`takes`.
+
+        Raises what PyTorch's calls do, ``IndexError`` for ids outside of an embedding, and
         :class:`~prequant.runtime.native.NativeLibraryError` for steps that the library refuses.
         """
         try:
@@ -156,6 +163,19 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class _Place:
+    """A view with its numbers."""
+
+    buffer: int
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    bytes: int  # of the buffer, if it is the plan's own; else 0
+    whole: bool  # in order, from the buffer's beginning
+
+
+@dataclass(frozen=True)
 class _Sized:
     """A plan for one set of sizes and number of threads."""
 
@@ -164,6 +184,10 @@ class _Sized:
     offsets: npt.NDArray[np.int64]  # of own buffers, in the arena
     arena_bytes: int
     scratch_bytes: int
+    arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]  # of PyTorch's calls, by name
+    outputs: tuple[Any, ...]
+    new: dict[int, _Place]
+    fixed: dict[int, Tensor]  # results of fixed calls, once they were made
 
 
 ROUNDED = 64
@@ -203,15 +227,16 @@ class _Workspace:
         self.addresses[self.own] = self.arena.data_ptr() + sized.offsets
         for buffer, input in zip(plan.inputs, inputs, strict=True):
             self._hold(buffer, input if input.is_contiguous() else input.contiguous())
-        for buffer, view in plan.new.items():
-            shape = [sized.numbers[entry] for entry in view.sizes]
-            self._hold(buffer, torch.empty(shape, dtype=view.dtype))
+        for buffer, place in sized.new.items():
+            self._hold(buffer, torch.empty(place.sizes, dtype=place.dtype))
+        for buffer, tensor in sized.fixed.items():
+            self._hold(buffer, tensor)
         for item in plan.order:
             if isinstance(item, Native):
                 self._run_native(item, sized, threads, isa)
-            else:
-                self._call(item, sized.numbers)
-        return tuple(self._resolve(output, sized.numbers) for output in plan.outputs)
+            elif not (item.fixed and item.results[0] in sized.fixed):
+                self._call(item, sized)
+        return tuple(map(self._value, sized.outputs))
 
     def forget(self) -> None:
         """Let go of the tensors of a call."""
@@ -236,7 +261,14 @@ class _Workspace:
         scratch = native.load().prequant_plan_scratch(steps.ctypes.data, len(steps), threads, isa)
         if scratch < 0:
             raise native.NativeLibraryError("a plan has a step that the native library does not take")
-        return _Sized(numbers, steps, offsets, arena_bytes, scratch)
+        sized = functools.partial(_sized, plan, numbers)
+        arguments = {
+            call.name: (sized(call.args), {name: sized(argument) for name, argument in call.kwargs.items()})
+            for call in plan.order
+            if isinstance(call, TorchCall)
+        }
+        new = {buffer: sized(view) for buffer, view in plan.new.items()}
+        return _Sized(numbers, steps, offsets, arena_bytes, scratch, arguments, sized(plan.outputs), new, {})
 
     def _placement(self, sizes: tuple[int, ...], needed: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], int]:
         rounded = tuple(size if size < ROUNDED else -(-size // ROUNDED) * ROUNDED for size in sizes)
@@ -274,40 +306,56 @@ class _Workspace:
     def _fail(self, status: int, step: int, numbers: Numbers) -> None:
         if status == native.BAD_ROW and step in self.plan.ids:
             view, rows = self.plan.ids[step]
-            reference.check_ids(self._tensor(view, numbers), rows)
+            reference.check_ids(self._tensor(_sized(self.plan, numbers, view)), rows)
         native.check(status, f"step {step} of a plan ({self.plan.names[step]})")
 
-    def _call(self, call: TorchCall, numbers: Numbers) -> None:
-        resolve = self._resolve
+    def _call(self, call: TorchCall, sized: _Sized) -> None:
+        args, kwargs = sized.arguments[call.name]
         result = call.function(
-            *(resolve(argument, numbers) for argument in call.args),
-            **{name: resolve(argument, numbers) for name, argument in call.kwargs.items()},
+            *map(self._value, args), **{name: self._value(argument) for name, argument in kwargs.items()}
         )
         results = result if isinstance(result, (tuple, list)) else (result,)
         for buffer, value in zip(call.results, results, strict=True):
             if buffer != ABSENT:
                 self._hold(buffer, value.contiguous())
+                if call.fixed:
+                    sized.fixed[buffer] = self.tensors[buffer]
 
-    def _resolve(self, value: Any, numbers: Numbers) -> Any:
-        if isinstance(value, View):
-            return self._tensor(value, numbers)
-        if isinstance(value, Number):
-            return numbers[value.entry]
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, _Place):
+            return self._tensor(value)
         if isinstance(value, (list, tuple)):
-            return type(value)(self._resolve(item, numbers) for item in value)
+            return type(value)(map(self._value, value))
         return value
 
-    def _tensor(self, view: View, numbers: Numbers) -> Tensor:
-        sizes = [numbers[entry] for entry in view.sizes]
-        strides = [numbers[entry] for entry in view.strides]
-        offset = numbers[view.offset]
-        if self.plan.buffers[view.buffer].own:
-            start = int(self.addresses[view.buffer]) - self.arena.data_ptr()
-            length = numbers[self.plan.buffers[view.buffer].bytes]
-            base = self.arena[start : start + length].view(view.dtype)
+    def _tensor(self, place: _Place) -> Tensor:
+        if place.bytes:
+            start = int(self.addresses[place.buffer]) - self.arena.data_ptr()
+            base = self.arena[start : start + place.bytes].view(place.dtype)
         else:
-            held = self.tensors.get(view.buffer, self.plan.constants.get(view.buffer))
+            held = self.tensors.get(place.buffer, self.plan.constants.get(place.buffer))
             if held is None:
-                raise PrequantError(f"buffer {view.buffer} of a plan is read before it is written")
+                raise PrequantError(f"buffer {place.buffer} of a plan is read before it is written")
+            if place.whole and held.shape == place.sizes:
+                return held
             base = held
-        return base.as_strided(sizes, strides, base.storage_offset() + offset)
+        return base.as_strided(place.sizes, place.strides, base.storage_offset() + place.offset)
+
+
+def _sized(plan: Plan, numbers: Numbers, value: Any) -> Any:
+    """A value of a plan with its numbers: views become places."""
+    if isinstance(value, View):
+        sizes, strides = (tuple(numbers[entry] for entry in entries) for entries in (value.sizes, value.strides))
+        buffer = plan.buffers[value.buffer]
+        in_order = all(
+            size == 1 or stride == prod(sizes[axis + 1 :])
+            for axis, (size, stride) in enumerate(zip(sizes, strides, strict=True))
+        )
+        offset = numbers[value.offset]
+        place = (value.buffer, value.dtype, sizes, strides, offset, numbers[buffer.bytes] if buffer.own else 0)
+        return _Place(*place, in_order and offset == 0)
+    if isinstance(value, Number):
+        return numbers[value.entry]
+    if isinstance(value, (list, tuple)):
+        return type(value)(_sized(plan, numbers, item) for item in value)
+    return value

@@ -227,7 +227,7 @@ def _drafted(
         inputs=inputs,
         constants={},
         new={buffer: _view(layout, table) for buffer, layout in new.items()},
-        order=_order(units, table),
+        order=_order(units, table, fixed_calls(units, builder.constants, outputs)),
         outputs=tuple(_argument(output, table) for output in outputs),
         names=tuple(name for name, _ in steps),
         ids={
@@ -297,15 +297,17 @@ def _buffers(builder: Builder, units: Sequence[Unit], table: NumberTable) -> tup
     )
 
 
-def _order(units: Sequence[Unit], table: NumberTable) -> tuple[runtime_plan.Native | runtime_plan.TorchCall, ...]:
+def _order(
+    units: Sequence[Unit], table: NumberTable, fixed: frozenset[str]
+) -> tuple[runtime_plan.Native | runtime_plan.TorchCall, ...]:
     order: list[runtime_plan.Native | runtime_plan.TorchCall] = []
     done = 0
     for unit in units:
         if isinstance(unit.work, Call):
-            call = unit.work
+            call, name = unit.work, unit.node.name
             args = tuple(_argument(argument, table) for argument in call.args)
-            kwargs = {name: _argument(argument, table) for name, argument in call.kwargs.items()}
-            order.append(runtime_plan.TorchCall(call.target, args, kwargs, call.results, unit.node.name))
+            kwargs = {key: _argument(argument, table) for key, argument in call.kwargs.items()}
+            order.append(runtime_plan.TorchCall(call.target, args, kwargs, call.results, name, name in fixed))
             continue
         if order and isinstance(order[-1], runtime_plan.Native):
             order[-1] = runtime_plan.Native(order[-1].first, order[-1].count + 1)
@@ -313,6 +315,21 @@ def _order(units: Sequence[Unit], table: NumberTable) -> tuple[runtime_plan.Nati
             order.append(runtime_plan.Native(done, 1))
         done += 1
     return tuple(order)
+
+
+def fixed_calls(units: Sequence[Unit], constants: Iterable[int], outputs: Iterable[Any]) -> frozenset[str]:
+    """The nodes of PyTorch's calls whose results sizes alone decide, and that are no results of the plan."""
+    known = set(constants)
+    results = {output.buffer for output in outputs if isinstance(output, Layout)}
+    names = set()
+    for unit in units:
+        if not isinstance(unit.work, Call) or not unit.reads <= known or unit.writes & results or not unit.writes:
+            continue
+        tags = getattr(unit.work.target, "tags", (torch.Tag.nondeterministic_seeded,))
+        if torch.Tag.nondeterministic_seeded not in tags:
+            known |= unit.writes
+            names.add(unit.node.name)
+    return frozenset(names)
 
 
 def _argument(value: Any, table: NumberTable) -> Any:
