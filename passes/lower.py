@@ -14,30 +14,14 @@ from prequant.runtime import ops
 from .aliasing import is_view
 from .base import PassError, Report, WeightPass
 from .fuse_epilogue import FuseEpilogue
+from .fuse_parallel_linears import FuseParallelLinears
+from .packed import PRODUCTS, operands_of
 from .pipeline import Pipeline
 from .program import Program
-from .properties import operands_of
 from .scope import Scope
 from .sites import PARTS, WEIGHT_OPERAND, WeightSite, expression_leaf, weight_name, weight_sites
 
 aten = torch.ops.aten
-
-PRODUCTS = (
-    aten.linear.default,
-    aten.embedding.default,
-    aten.embedding_bag.default,
-    aten.embedding_bag.padding_idx,
-    aten.addmm.default,
-    aten.mm.default,
-    aten.mv.default,
-    aten.bmm.default,
-    aten.baddbmm.default,
-    aten.matmul.default,
-    aten.bilinear.default,
-    aten.einsum.default,
-    aten.scaled_dot_product_attention.default,
-)
-"""Every op that multiplies matrices or looks up rows: each is lowered, or reported with the reason it is not."""
 
 SHOWN = 5
 """How many kept weights the error of a strict run names."""
@@ -194,8 +178,10 @@ def _is_matrix(tensor: Tensor) -> bool:
 
 
 def lower(program: Program, strict: bool = False) -> Program:
-    """The program with every weight expression lowered, and what follows packed linears fused into them.
+    """The program with every weight expression lowered, what follows packed linears fused into them, and those of them
+    that read one input fused with each other.
 
-    What was lowered, kept and fused is in its reports: the last two are of ``lower`` and of ``fuse-epilogue``.
+    What was lowered, kept and fused is in its last reports: of ``lower``, ``fuse-epilogue`` and
+    ``fuse-parallel-linears``.
     """
-    return Pipeline([Lower(strict=strict), FuseEpilogue()])(program)
+    return Pipeline([Lower(strict=strict), FuseEpilogue(), FuseParallelLinears()])(program)

@@ -10,6 +10,8 @@ from typing import ClassVar, Literal
 from prequant.passes import (
     Canonicalize,
     Freeze,
+    FuseEpilogue,
+    FuseParallelLinears,
     Lower,
     Pass,
     Pipeline,
@@ -124,8 +126,11 @@ class PreQuant(Recipe):
         return Pipeline([Canonicalize(), *passes])
 
     def finish(self) -> Pipeline:
-        """Outlier values take their storage type; nothing trains any more."""
-        return Pipeline([Freeze(outlier_dtype=self.outlier_dtype)])
+        """Outlier values take their storage type; nothing trains any more, and what can be fused is.
+
+        Not before: a fused activation is computed again in every backward.
+        """
+        return Pipeline([Freeze(outlier_dtype=self.outlier_dtype), FuseEpilogue(), FuseParallelLinears()])
 
     def _split_outliers(self, kept: tuple[str, ...]) -> list[Pass]:
         return (

@@ -109,7 +109,8 @@ def test_the_sum_of_two_linears_is_one_linears_residual() -> None:
 
 def test_lower_fuses() -> None:
     program = lower(QuantizeWeights()(tiny_mlp_program()))
-    assert [report.source.partition("{")[0] for report in program.reports[-2:]] == ["lower", "fuse-epilogue"]
+    names = [report.source.partition("{")[0] for report in program.reports[-3:]]
+    assert names == ["lower", "fuse-epilogue", "fuse-parallel-linears"]
     activations = [
         node.kwargs.get("activation", "")
         for node in program.graph.find_nodes(op="call_function", target=ops.packed_linear)
