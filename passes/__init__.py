@@ -10,6 +10,7 @@ from .compose_ops import ComposeOps
 from .config import ConfigError
 from .freeze import Freeze
 from .fuse_epilogue import FuseEpilogue
+from .fuse_parallel_linears import FuseParallelLinears
 from .lower import Lower, lower
 from .observers import Damage, Dump, Observer, Step, Timing, Verify
 from .options import Option, OptionError
@@ -39,6 +40,7 @@ __all__ = [
     "Dump",
     "Freeze",
     "FuseEpilogue",
+    "FuseParallelLinears",
     "Input",
     "Lower",
     "Observer",

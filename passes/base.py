@@ -10,9 +10,10 @@ from typing import ClassVar
 
 from torch import fx
 
-from prequant.runtime import PrequantError
+from prequant.runtime import PrequantError, ops
 
 from .options import OptionError, fit, options_of
+from .packed import packed_uses, packed_weight_name, scoped
 from .program import Program
 from .reports import Change, Kept, Report
 from .scope import Pattern, Scope
@@ -102,3 +103,12 @@ class WeightPass(Pass):
             current_site.set(site)
             yield site
         current_site.set(None)
+
+    def packed_linears(self, program: Program, report: Report) -> list[tuple[str, fx.Node]]:
+        """The ``packed_linear`` nodes in scope, each with the name of its weight; the others go into the report."""
+        uses = [use for use in packed_uses(program.graph) if use.node.target is ops.packed_linear]
+        candidates = [scoped(program, packed_weight_name(use), (use.node,)) for use in uses]
+        inside, outside = Scope(self.include, self.exclude).split(candidates)
+        for site in outside:
+            report.keep(site, "out of scope")
+        return [(site.name, site.consumers[0]) for site in inside]

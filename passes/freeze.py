@@ -13,10 +13,11 @@ from prequant.runtime.reference import positive_scale
 
 from .base import PassError, Report, WeightPass
 from .options import DTYPES
+from .packed import scoped
 from .program import Program
 from .scope import Scope
 from .sites import OUTLIER_PREFIX, WeightSite, weight_sites
-from .train import quantizes_activation, scoped
+from .train import quantizes_activation
 from .weights import WeightView, weights
 
 

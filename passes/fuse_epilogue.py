@@ -10,16 +10,17 @@ from torch import fx
 
 from prequant.runtime import ops
 
-from .base import Pass, Report
+from .base import Report, WeightPass
 from .noops import same_sizes
+from .packed import operands_of
 from .program import Program
-from .properties import operands_of
+from .shapes import propagate_shapes
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class FuseEpilogue(Pass):
+class FuseEpilogue(WeightPass):
     """gelu(packed_linear(x, ...)) + y  ->  packed_linear(x, ..., residual=y, activation="gelu"); each part alone, too.
 
     The kernels then write each result once, instead of reading it again for every step. Only a value that nothing else
@@ -32,10 +33,9 @@ class FuseEpilogue(Pass):
     def run(self, program: Program) -> Report:
         """Fuse an activation, then a sum, into every packed linear that has one."""
         report = self.report()
-        for node in list(program.graph.nodes):
-            if node.target is not ops.packed_linear:
-                continue
-            weight = str(node.args[1].target).rpartition(".")[0]
+        if any("val" not in node.meta for node in program.graph.nodes):
+            propagate_shapes(program)  # a Program from a file, say: sums are fused where shapes are known to be equal
+        for weight, node in self.packed_linears(program, report):
             parts = []
             if (reader := _only_reader(node)) is not None and (activation := _activation(node, reader)):
                 node = _fused(program.graph, node, reader, node.args, {**node.kwargs, "activation": activation})

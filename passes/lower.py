@@ -15,31 +15,15 @@ from .aliasing import is_view
 from .base import PassError, Report, WeightPass
 from .compose_ops import ComposeOps
 from .fuse_epilogue import FuseEpilogue
+from .fuse_parallel_linears import FuseParallelLinears
+from .packed import PRODUCTS, operands_of
 from .pipeline import Pipeline
 from .plan import Plan
 from .program import Program
-from .properties import operands_of
 from .scope import Scope
 from .sites import PARTS, WEIGHT_OPERAND, WeightSite, expression_leaf, weight_name, weight_sites
 
 aten = torch.ops.aten
-
-PRODUCTS = (
-    aten.linear.default,
-    aten.embedding.default,
-    aten.embedding_bag.default,
-    aten.embedding_bag.padding_idx,
-    aten.addmm.default,
-    aten.mm.default,
-    aten.mv.default,
-    aten.bmm.default,
-    aten.baddbmm.default,
-    aten.matmul.default,
-    aten.bilinear.default,
-    aten.einsum.default,
-    aten.scaled_dot_product_attention.default,
-)
-"""Every op that multiplies matrices or looks up rows: each is lowered, or reported with the reason it is not."""
 
 SHOWN = 5
 """How many kept weights the error of a strict run names."""
@@ -198,6 +182,8 @@ def _is_matrix(tensor: Tensor) -> bool:
 def lower(program: Program, strict: bool = False) -> Program:
     """The program with every weight expression lowered, what belongs together fused, and run by a plan where it can be.
 
-    What each step did is in its reports: the last are of ``lower``, ``compose-ops``, ``fuse-epilogue`` and ``plan``.
+    What each step did is in its last reports: of ``lower``, ``compose-ops``, ``fuse-epilogue``,
+    ``fuse-parallel-linears`` and ``plan``.
     """
-    return Pipeline([Lower(strict=strict), ComposeOps(), FuseEpilogue(), Plan()])(program)
+    fusions = (ComposeOps(), FuseEpilogue(), FuseParallelLinears())
+    return Pipeline([Lower(strict=strict), *fusions, Plan()])(program)

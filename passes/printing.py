@@ -94,16 +94,23 @@ def _prequant_op(program: Program, node: fx.Node, target: Any) -> str:
     operands = []
     given = zip(target._schema.arguments, node.args, strict=False)
     for argument, value in given:
-        if value is not None and value is not False:
+        if value is not None and value is not False and not _is_empty(value):
             plain = isinstance(argument.type, torch.TensorType)
             operands.append(("" if plain else f"{argument.name}=") + _value(program, value))
     options = dict(node.kwargs)
     format = options.pop("format", None)
     operands += [
-        f"{key}={_value(program, value)}" for key, value in options.items() if value is not None and value != ""
+        f"{key}={_value(program, value)}"
+        for key, value in options.items()
+        if value is not None and value != "" and not _is_empty(value)
     ]
     name = target._schema.name.rpartition("::")[2]
     return f"{name}<{format}>({', '.join(operands)})" if format else f"{name}({', '.join(operands)})"
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a list has nothing to say: operands of several linears, of which none has one."""
+    return isinstance(value, (list, tuple)) and all(item is None or item is False or item == "" for item in value)
 
 
 def _value(program: Program, value: Any) -> str:

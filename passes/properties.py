@@ -16,6 +16,7 @@ from prequant.runtime import FormatError, PrequantError, Scheme, WeightFormat, o
 from .linear_forms import in_the_way, products
 from .noops import ASSERTIONS
 from .options import near_misses
+from .packed import PACKED_OPS, operands_of, uses_in
 from .program import Program, leaves
 from .sites import WEIGHT_OPERAND
 
@@ -131,20 +132,22 @@ def _lowered(program: Program) -> str | None:
 @define_property("valid-formats")
 def _valid_formats(program: Program) -> str | None:
     """Codes, scales, zero points and outliers of every weight have the shapes and types that its format says."""
-    for node in _calls(program, ops.dequantize, ops.dequantize_bcq, ops.packed_linear, ops.packed_embedding):
-        if found := _codes_violation(program, node):
+    for node in _calls(program, ops.dequantize, ops.dequantize_bcq, ops.add_outliers):
+        operands = operands_of(node)
+        if found := _codes_violation(program, operands) or _outliers_violation(program, operands, ""):
             return f"%{node.name}: {found}"
+    for node in _calls(program, *PACKED_OPS):
+        for use in uses_in(node):
+            found = _codes_violation(program, use.operands) or _outliers_violation(program, use.operands, "outlier_")
+            if found:
+                return f"%{node.name}: {found}"
     for node in _calls(program, ops.fake_quantize):
         if found := _latent_violation(program, node):
-            return f"%{node.name}: {found}"
-    for node in _calls(program, ops.add_outliers, ops.packed_linear, ops.packed_embedding):
-        if found := _outliers_violation(program, node):
             return f"%{node.name}: {found}"
     return None
 
 
-def _codes_violation(program: Program, node: fx.Node) -> str | None:
-    operands = operands_of(node)
+def _codes_violation(program: Program, operands: Mapping[str, Any]) -> str | None:
     codes = _tensor(program, operands.get("codes", operands.get("planes")))
     scale = _tensor(program, operands.get("scale", operands.get("alphas")))
     if codes is None or scale is None:
@@ -185,9 +188,7 @@ def _latent_violation(program: Program, node: fx.Node) -> str | None:
     return _mismatch("scale", scale, format.scale_shape(*latent.shape), format)
 
 
-def _outliers_violation(program: Program, node: fx.Node) -> str | None:
-    operands = operands_of(node)
-    prefix = "" if node.target is ops.add_outliers else "outlier_"
+def _outliers_violation(program: Program, operands: Mapping[str, Any], prefix: str) -> str | None:
     values, columns, offsets = (
         _tensor(program, operands.get(prefix + part)) for part in ("values", "columns", "row_offsets")
     )
@@ -215,13 +216,6 @@ def _mismatch(
 
 
 # ---- reading nodes -------------------------------------------------------------------------------------------
-
-
-def operands_of(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an op's node by the names in its schema; those that are not given are left out."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    arguments = node.target._schema.arguments
-    return {argument.name: value for argument, value in zip(arguments, node.args, strict=False)} | dict(node.kwargs)
 
 
 def _calls(program: Program, *targets: Any) -> list[fx.Node]:

@@ -14,8 +14,8 @@ from prequant.runtime import Outliers, Scheme, WeightFormat, ops
 
 from .base import PassError, Report, WeightPass
 from .options import near_misses
+from .packed import operands_of, scoped, uses_of
 from .program import Program
-from .properties import operands_of
 from .scope import Scope, ScopeError
 from .sites import OUTLIER_PREFIX, WeightSite
 from .weights import WeightView, weights
@@ -26,6 +26,8 @@ HEAD = "head"
 VALUES = OUTLIER_PREFIX + "values"
 PART_KINDS = {"scale": "scales", "alphas": "alphas", VALUES: "outliers", "latent": "latents"}
 """Which option trains a part of a weight expression."""
+PACKED_KINDS = {"bias": "biases", "input_scale": "input_scales", "input_zero_point": "zero_points"}
+"""Which option trains an operand of a packed linear that is no part of its weight."""
 MISSING = {
     "scales": "no weight has scales: quantize-weights comes first",
     "zero_points": "nothing has a zero point: they come with symmetric=False",
@@ -165,11 +167,6 @@ def _under(view: WeightView) -> Tensor:
 # ---- what there is
 
 
-def scoped(program: Program, name: str, consumers: tuple[fx.Node, ...]) -> WeightSite:
-    """What a scope sees of any parameter, and of a weight that may be lowered: its name and its consumers."""
-    return WeightSite(program, name, consumers[0], consumers[0], consumers)
-
-
 def _candidates(program: Program, views: list[WeightView]) -> dict[tuple[str, str], WeightSite]:
     """Parameters that options can train, by kind and name, each with what a scope sees of it."""
     found: dict[tuple[str, str], WeightSite] = {}
@@ -192,13 +189,15 @@ def _uses(node: fx.Node) -> dict[str, tuple[fx.Node, ...]]:
     uses: dict[str, tuple[fx.Node, ...]] = {}
     for user in node.users:
         operands = operands_of(user) if isinstance(user.target, torch._ops.OpOverload) else {}
-        if user.target in (aten.linear.default, ops.packed_linear) and operands.get("bias") is node:
+        if user.target is aten.linear.default and operands.get("bias") is node:
             uses["biases"] = (*uses.get("biases", ()), user)
         for kind, operand in (("input_scales", "scale"), ("zero_points", "zero_point")):
             if quantizes_activation(user) and operands.get(operand) is node:
                 uses[kind] = (*uses.get(kind, ()), *user.users)
-            elif user.target is ops.packed_linear and operands.get(f"input_{operand}") is node:
-                uses[kind] = (*uses.get(kind, ()), user)
+    for use, operand in uses_of(node):
+        if operand in PACKED_KINDS:
+            kind = PACKED_KINDS[operand]
+            uses[kind] = (*uses.get(kind, ()), use.consumer)
     if node.users and all(map(_is_norm, node.users)):
         uses["layer_norms"] = tuple(node.users)
     return uses

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from prequant.runtime import Outliers, Scheme, WeightFormat, ops, reference
 
+from .packed import PackedUse, packed_uses, packed_weight_name
 from .program import Program
 from .sites import OUTLIER_PREFIX, WeightSite, weight_sites
 
 PACKED_PARTS = ("codes", "scale", "zero_point", "outliers.values", "outliers.columns", "outliers.row_offsets")
+PACKED_OPERANDS = ("codes", "scale", "zero_point", "outlier_values", "outlier_columns", "outlier_row_offsets")
+"""What a packed op calls these."""
 BCQ_PARTS = ("planes", "alphas")
-PACKED_OPS: dict[Any, str] = {ops.packed_linear: "linear", ops.packed_embedding: "embedding"}
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,10 @@ class WeightView:
 
 def weights(program: Program) -> list[WeightView]:
     """Every weight that a linear or an embedding reads, simulated or lowered, in the order of first use."""
-    packed: dict[Any, list[fx.Node]] = {}
-    for node in program.graph.nodes:
-        if node.op == "call_function" and node.target in PACKED_OPS:
-            packed.setdefault(node.args[1], []).append(node)
-    views = [_packed(program, nodes) for nodes in packed.values()]
+    packed: dict[fx.Node, list[PackedUse]] = {}
+    for use in packed_uses(program.graph):
+        packed.setdefault(use.operands["codes"], []).append(use)
+    views = [_packed(program, uses) for uses in packed.values()]
     order = {node: i for i, node in enumerate(program.graph.nodes)}
     merged = _merged([_simulated(site) for site in weight_sites(program)] + views, order)
     return sorted(merged, key=lambda view: order[view.consumers[0]])
@@ -97,29 +97,29 @@ def _simulated(site: WeightSite) -> WeightView:
     )
 
 
-def _packed(program: Program, nodes: list[fx.Node]) -> WeightView:
-    first = nodes[0]
-    text, columns = str(first.kwargs["format"]), int(first.kwargs["columns"])  # type: ignore[arg-type]
+def _packed(program: Program, uses: list[PackedUse]) -> WeightView:
+    first = uses[0].operands
+    text, columns = str(first["format"]), int(first["columns"])
     bcq = WeightFormat.parse(text).scheme is Scheme.BCQ
     parts = (BCQ_PARTS if bcq else PACKED_PARTS[:2]) + PACKED_PARTS[2:]
     tensors = {
-        part: str(operand.target)
-        for part, operand in zip(parts, first.args[1:7], strict=True)
-        if isinstance(operand, fx.Node)
+        part: str(first[operand].target)
+        for part, operand in zip(parts, PACKED_OPERANDS, strict=True)
+        if isinstance(first[operand], fx.Node)
     }
     stored = next(iter(tensors.values()))
-    kinds = sorted({PACKED_OPS[node.target] for node in nodes}, reverse=True)
+    kinds = sorted({use.kind for use in uses}, reverse=True)
     return WeightView(
         program=program,
-        name=stored.rpartition(".")[0],
+        name=packed_weight_name(uses[0]),
         kind="+".join(kinds),
         format=text,
         shape=(int(program.tensor(stored).shape[-2]), columns),
         tensors=tensors,
-        outliers_replace=bool(first.args[7]),
-        input_format="+".join(sorted({str(n.kwargs.get("input_format", "")) for n in nodes} - {""})),
+        outliers_replace=bool(first["outliers_replace"]),
+        input_format="+".join(sorted({str(use.operands.get("input_format", "")) for use in uses} - {""})),
         lowered=True,
-        consumers=tuple(nodes),
+        consumers=tuple(use.consumer for use in uses),
     )
 
 

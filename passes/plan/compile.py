@@ -17,6 +17,7 @@ from prequant.runtime import plan as runtime_plan
 from ..compose_ops import ComposeOps
 from ..functional import writes
 from ..fuse_epilogue import FuseEpilogue
+from ..fuse_parallel_linears import FuseParallelLinears
 from ..program import Program
 from ..shapes import propagate_shapes
 from .builder import Builder, Call, LayerRequest, Step, Unit, sizes_of
@@ -72,7 +73,7 @@ def _simplified(program: Program) -> Program:
         if node.target is aten.dropout.default and not node.args[2]:
             node.replace_all_uses_with(node.args[0])
             program.graph.erase_node(node)
-    for fusion in (ComposeOps(), FuseEpilogue()):
+    for fusion in (ComposeOps(), FuseEpilogue(), FuseParallelLinears()):
         fusion.run(program)
     program.graph.eliminate_dead_code()
     return program

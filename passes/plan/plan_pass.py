@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from prequant.runtime import ops
-
 from ..base import Pass, Report
+from ..packed import PACKED_OPS
 from ..program import Program
-
-PACKED = (ops.packed_linear, ops.packed_linears, ops.packed_embedding)
 
 
 @dataclass(frozen=True)
@@ -41,4 +38,4 @@ class Plan(Pass):
 
 def is_lowered(program: Program) -> bool:
     """Whether anything in the graph computes on packed codes: what a plan is for."""
-    return any(node.target in PACKED for node in program.graph.nodes)
+    return any(node.target in PACKED_OPS for node in program.graph.nodes)

@@ -12,7 +12,7 @@ from torch import fx
 from prequant.runtime import native_layers, ops
 from prequant.runtime import plan as runtime_plan
 
-from ..properties import operands_of
+from ..packed import operands_of, uses_in
 from .builder import Builder, LayerRequest, Step, four_axes, sizes_of
 from .layout import Layout, equal, product
 
@@ -30,21 +30,6 @@ EMBEDDING_OPTIONS = ("format", "columns", "outliers_replace")
 LINEAR_OPTIONS = {"format": "", "columns": 0, "outliers_replace": False, "input_format": "", "activation": ""}
 """Operands of the packed ops; these with what they are where they are not given."""
 
-SHARED = ("input", "input_scale", "input_zero_point", "columns", "input_format")
-SEVERAL = {
-    "codes": "codes",
-    "scale": "scales",
-    "zero_point": "zero_points",
-    "outlier_values": "outlier_values",
-    "outlier_columns": "outlier_columns",
-    "outlier_row_offsets": "outlier_row_offsets",
-    "outliers_replace": "outliers_replace",
-    "bias": "biases",
-    "format": "formats",
-    "activation": "activations",
-}
-"""Operands of ``packed_linears`` that all of its linears have in common, and the lists of those that each has."""
-
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
@@ -59,9 +44,7 @@ def _packed_linear(builder: Builder, node: fx.Node, operands: dict[str, Any]) ->
 
 
 def _packed_linears(builder: Builder, node: fx.Node, operands: dict[str, Any]) -> list[Layout] | str:
-    lists = {single: operands[several] for single, several in SEVERAL.items()}
-    shared = {name: operands[name] for name in SHARED if name in operands}
-    members = [dict(zip(lists, values, strict=True)) | shared for values in zip(*lists.values(), strict=True)]
+    members = [use.operands for use in uses_in(node)]
     results: list[Layout] = []
     for first in range(0, len(members), runtime_plan.MOST_LINEARS):
         part = slice(first, first + runtime_plan.MOST_LINEARS)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..properties import operands_of
+from ..packed import operands_of
 from .builder import Builder, sizes_of
 from .layout import Layout, equal, size_of
 

@@ -9,15 +9,14 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from prequant.passes.properties import operands_of
-from prequant.runtime import Granularity, Scheme, WeightFormat, ops
+from prequant.passes.packed import PACKED_OPS, PackedUse, operands_of, uses_in
+from prequant.runtime import Granularity, PrequantError, Scheme, WeightFormat, ops
 
 from .errors import CheckpointError
 from .json_file import describe
 from .weight_tensors import OUTLIER_PARTS, check_finite, check_outliers, check_weight, parse_format
 
 _DEQUANTIZE = (ops.dequantize, ops.dequantize_bcq)
-_PACKED = (ops.packed_linear, ops.packed_embedding)
 _PARTS = {"planes": "codes", "alphas": "scale"}
 _PACKED_OUTLIERS = ("outlier_values", "outlier_columns", "outlier_row_offsets")
 
@@ -48,9 +47,10 @@ class _Checker:
         operands = operands_of(node)
         if node.target in _DEQUANTIZE:
             self._codes(operands, ())
-        elif node.target in _PACKED:
-            self._codes(operands, tuple(operands[part] for part in _PACKED_OUTLIERS))
-            if node.target is ops.packed_linear and operands.get("input_format"):
+        elif node.target in PACKED_OPS:
+            for use in _uses(node):
+                self._codes(use.operands, tuple(use.operands[part] for part in _PACKED_OUTLIERS))
+            if operands.get("input_format"):
                 self._input(operands["input_format"], operands["input_scale"], operands["input_zero_point"])
         elif node.target is ops.add_outliers:
             self._outliers(operands)
@@ -152,6 +152,13 @@ class _Checker:
         if not (isinstance(value, fx.Node) and value.op == "get_attr"):
             raise CheckpointError(f"its {part} is {describe(value)}, which is no stored tensor")
         return str(value.target)
+
+
+def _uses(node: fx.Node) -> list[PackedUse]:
+    try:
+        return uses_in(node)
+    except PrequantError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def check_input(format: WeightFormat, tensors: list[Tensor], names: list[str]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from prequant.passes import Program
-from prequant.passes.properties import operands_of
+from prequant.passes.packed import PackedUse, packed_uses
 from prequant.passes.sites import OUTLIER_PREFIX, PARTS, WEIGHT_OPERAND
 from prequant.passes.weights import WeightView, weights
 from prequant.runtime import WeightFormat, ops
@@ -24,15 +24,14 @@ NOT_MODULES = "not_modules"
 say the same.
 """
 
-_LINEARS = (torch.ops.aten.linear.default, ops.packed_linear)
-
 
 def describe_program(program: Program) -> QuantizationSpec:
     """What ``quantization_config`` says of a Program."""
     specs: dict[str, WeightSpec] = {}
     inputs: dict[str, dict[InputSpec | None, None]] = {}
     reasons = {str(reason): None for reason in program.info.extra.get(NOT_MODULES, ())}
-    explained: set[fx.Node] = set()
+    packed = {use.consumer: use for use in packed_uses(program.graph)}
+    explained: set[fx.Node] = {use.node for use in packed.values()}
     for view in weights(program):
         if "latent" in view.tensors:
             reasons[f"{view.name} is a latent weight: freeze it first"] = None
@@ -41,7 +40,7 @@ def describe_program(program: Program) -> QuantizationSpec:
         for consumer in view.consumers:
             path = module_path(consumer)
             explained |= _expression(consumer)
-            quantized = _input_spec(consumer) if consumer.target in _LINEARS else None
+            quantized = _input_spec(consumer, packed.get(consumer))
             if isinstance(quantized, str):
                 reasons[quantized] = None
                 continue
@@ -105,15 +104,16 @@ def _is_dynamic(quantized: fx.Node) -> bool:
     )
 
 
-def _input_spec(consumer: fx.Node) -> InputSpec | str | None:
-    """How a linear's input is quantized; None if it is not, and a text where modules can't do it that way."""
-    if consumer.target is ops.packed_linear:
-        operands = operands_of(consumer)
-        text, scale = operands.get("input_format", ""), operands.get("input_scale")
+def _input_spec(consumer: fx.Node, use: PackedUse | None) -> InputSpec | str | None:
+    """How a linear's input is quantized; None if it is not (or there is no linear), and a text where modules can't do
+    it that way.
+    """
+    if use is not None:
+        text, scale = use.operands.get("input_format", ""), use.operands.get("input_scale")
         if not text:
             return None
     else:
-        quantized = _fake_quantized(consumer)
+        quantized = _fake_quantized(consumer) if consumer.target is torch.ops.aten.linear.default else None
         if quantized is None:
             return None
         text, scale = str(quantized.kwargs["format"]), None if _is_dynamic(quantized) else quantized.args[1]

@@ -9,7 +9,10 @@ from typing import ClassVar, Literal
 
 from prequant.passes import (
     Canonicalize,
+    ComposeOps,
     Freeze,
+    FuseEpilogue,
+    FuseParallelLinears,
     Lower,
     Pass,
     Pipeline,
@@ -125,8 +128,13 @@ class PreQuant(Recipe):
         return Pipeline([Canonicalize(), *passes])
 
     def finish(self) -> Pipeline:
-        """Outlier values take their storage type; nothing trains any more, so calls may go by a plan."""
-        return Pipeline([Freeze(outlier_dtype=self.outlier_dtype), Plan()])
+        """Outlier values take their storage type; nothing trains any more, so what can be fused is, and calls go by a
+        plan.
+
+        Not before: a fused activation is computed again in every backward.
+        """
+        fusions = (ComposeOps(), FuseEpilogue(), FuseParallelLinears())
+        return Pipeline([Freeze(outlier_dtype=self.outlier_dtype), *fusions, Plan()])
 
     def _split_outliers(self, kept: tuple[str, ...]) -> list[Pass]:
         return (

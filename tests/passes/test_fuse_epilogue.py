@@ -109,8 +109,8 @@ def test_the_sum_of_two_linears_is_one_linears_residual() -> None:
 
 def test_lower_fuses() -> None:
     program = lower(QuantizeWeights()(tiny_mlp_program()))
-    names = [report.source.partition("{")[0] for report in program.reports[-4:]]
-    assert names == ["lower", "compose-ops", "fuse-epilogue", "plan"]
+    names = [report.source.partition("{")[0] for report in program.reports[-5:]]
+    assert names == ["lower", "compose-ops", "fuse-epilogue", "fuse-parallel-linears", "plan"]
     activations = [
         node.kwargs.get("activation", "")
         for node in program.graph.find_nodes(op="call_function", target=ops.packed_linear)

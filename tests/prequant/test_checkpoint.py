@@ -18,6 +18,10 @@ from prequant.checkpoint import CheckpointError, load, save
 from prequant.model import ModelProgram
 from prequant.passes import (
     BinaryCode,
+    FuseEpilogue,
+    FuseParallelLinears,
+    Lower,
+    Pipeline,
     Program,
     QuantizeActivations,
     QuantizeWeights,
@@ -85,6 +89,19 @@ def test_every_family_comes_back(tmp_path: Path, name: str) -> None:
     assert_equal_outputs(program, loaded, inputs(model, 3, 6))
     assert type(loaded(**inputs(model))) is type(model(**inputs(model)))
     assert loaded.info.aliases == program.info.aliases
+
+
+def test_a_folder_is_the_same_fused_or_not_but_for_its_graph(tmp_path: Path) -> None:
+    apart = Lower()(compressed(traced("bert")[1]))
+    save(apart, tmp_path / "apart")
+    loaded = load(tmp_path / "apart")
+    fused = Pipeline([FuseEpilogue(), FuseParallelLinears()])(loaded)
+    assert readable(fused) == readable(lower(compressed(traced("bert")[1])))
+    assert readable(fused) != readable(loaded)
+    save(fused, tmp_path / "fused")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "apart" / name).read_bytes() == (tmp_path / "fused" / name).read_bytes()
+    assert readable(load(tmp_path / "fused")) == readable(fused)
 
 
 def test_all_kinds_of_weights_in_one_model(tmp_path: Path) -> None:

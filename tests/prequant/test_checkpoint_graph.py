@@ -55,8 +55,9 @@ def smaller_table(graph: dict[str, Any]) -> None:
     node_of(graph, "prequant::packed_embedding.default")["kwargs"]["columns"] = 20
 
 
-LINEAR, EMBEDDING, NORM = (
+LINEAR, PARALLEL, EMBEDDING, NORM = (
     "prequant::packed_linear.default",
+    "prequant::packed_linears.default",
     "prequant::packed_embedding.default",
     "aten::layer_norm.default",
 )
@@ -154,6 +155,23 @@ GRAPHS: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {
     ),
     "computed codes": (edit_operand(EMBEDDING, 1, {"node": "input_ids"}), ("no stored tensor",)),
     "outliers without positions": (edit_operand(EMBEDDING, 5, None), ("outliers.columns is missing",)),
+    "no format at all": (
+        lambda graph: node_of(graph, LINEAR)["kwargs"].pop("format"),
+        ("'' is no weight format",),
+    ),
+    "no columns": (lambda graph: node_of(graph, LINEAR)["kwargs"].pop("columns"), ("columns is 0",)),
+    "one of several linears without a format": (
+        lambda graph: node_of(graph, PARALLEL)["kwargs"]["formats"].pop(),
+        ("lists of different lengths", "'formats': 2"),
+    ),
+    "one of several linears with computed codes": (
+        lambda graph: node_of(graph, PARALLEL)["args"][1].__setitem__(2, {"node": "input_ids"}),
+        ("no stored tensor",),
+    ),
+    "one of several linears with another's scale": (
+        lambda graph: node_of(graph, PARALLEL)["args"][2].__setitem__(2, node_of(graph, PARALLEL)["args"][2][0]),
+        ("query.weight.scale", "takes [32, 4]"),
+    ),
     "an input scale of nothing": (
         edit_operand(LINEAR, "input_format", "affine8:row:asym"),
         ("dynamic scales are symmetric",),

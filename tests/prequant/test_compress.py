@@ -264,6 +264,8 @@ def test_the_file_is_the_report_with_settings_seed_and_versions(
         "lower",
         "train",
         "freeze",
+        "fuse-epilogue",
+        "fuse-parallel-linears",
     ]
     assert recorded_errors(out) == {row.name: row.sqnr for row in report.weights if row.sqnr is not None}
     run(PreQuant(training=TrainingSettings(max_steps=1)))
