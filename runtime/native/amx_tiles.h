@@ -13,83 +13,31 @@
 #ifndef PREQUANT_AMX_TILES_H
 #define PREQUANT_AMX_TILES_H
 
+#include "amx_unpack.h"
 #include "avx512.h"
 
 namespace {
 
-constexpr int kTile = 16;  // rows of a tile
-constexpr int64_t kTileBytes = kTile * kVector;
 constexpr int kTogether = 4;  // groups added at once
-
-// Tiles 0 to 3: sums [token tile][panel]; 4, 5: inputs; 6, 7: codes.
-struct alignas(64) TileConfiguration {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-
-    // `bytes` of each token in a tile of inputs, 4 for each row of a tile of codes.
-    TileConfiguration(int tokens, int bytes) {
-        for (int tile = 0; tile < 8; ++tile) {
-            const bool inputs = tile == 4 || tile == 5, codes = tile >= 6;
-            row_bytes[tile] = static_cast<uint16_t>(inputs ? bytes : kVector);
-            rows[tile] = static_cast<uint8_t>(codes ? bytes / 4 : tokens);
-        }
-    }
-};
-
-// Signed bytes, summed as integers.
-struct TilesOfBytes {
-    static constexpr bool kHalves = false;
-    static constexpr int kColumns = 64;  // of a tile
-    static constexpr int kParts = 1;     // tiles that make up an input
-
-    static PREQUANT_INLINE void multiply00() { _tile_dpbssd(0, 4, 6); }
-    static PREQUANT_INLINE void multiply01() { _tile_dpbssd(1, 4, 7); }
-    static PREQUANT_INLINE void multiply10() { _tile_dpbssd(2, 5, 6); }
-    static PREQUANT_INLINE void multiply11() { _tile_dpbssd(3, 5, 7); }
-    static PREQUANT_INLINE __m512 to_floats(const int32_t *sums) {
-        return _mm512_cvtepi32_ps(_mm512_load_si512(sums));
-    }
-};
-
-// bfloat16, summed as floats. Three parts make up a float32: each holds 8 of its 24 bits, so nothing is lost.
-template <int Parts> struct TilesOfHalves {
-    static constexpr bool kHalves = true;
-    static constexpr int kColumns = 32;
-    static constexpr int kParts = Parts;
-
-    static PREQUANT_INLINE void multiply00() { _tile_dpbf16ps(0, 4, 6); }
-    static PREQUANT_INLINE void multiply01() { _tile_dpbf16ps(1, 4, 7); }
-    static PREQUANT_INLINE void multiply10() { _tile_dpbf16ps(2, 5, 6); }
-    static PREQUANT_INLINE void multiply11() { _tile_dpbf16ps(3, 5, 7); }
-    static PREQUANT_INLINE __m512 to_floats(const int32_t *sums) {
-        return _mm512_castsi512_ps(_mm512_load_si512(sums));
-    }
-};
 
 // What happens to the sums in the tiles before a step: nothing, they begin, or they leave and begin again.
 enum class Sums { kKept, kBegun, kStored };
 
 template <class E> class Tiles {
 public:
-    // `inputs` of all tokens; `unpacked` [terms][2 panels][steps][16][64]; `input_sums`, for zero points, [tokens, filled
-    // up][terms][groups]; `columns` of a step: those of a tile, or half as many.
-    Tiles(const Job &j, const uint8_t *inputs, const uint8_t *unpacked, const float *input_sums, int columns)
-        : job_(j), h_(*j.panels.header), inputs_(inputs), unpacked_(unpacked), input_sums_(input_sums),
-          columns_(columns), groups_(h_.terms * h_.groups) {}
+    // `inputs` of all tokens; `input_sums`, for zero points, [tokens, filled up][terms][groups]; `columns` of a step: those
+    // of a tile, or half as many.
+    Tiles(const Job &j, const uint8_t *inputs, const float *input_sums, int columns, Unpacker &unpacker)
+        : job_(j), h_(*j.panels.header), inputs_(inputs), input_sums_(input_sums), columns_(columns),
+          groups_(h_.terms * h_.groups), unpacker_(unpacker) {}
 
-    static int64_t bytes_of_panel(const PanelsHeader &h) {
-        return h.blocks * kBlockColumns / E::kColumns * kTileBytes;
+    static int64_t bytes_of_token_tile(const PanelsHeader &h) {
+        return h.blocks * kBlockColumns / E::kColumns * E::kParts * kTileBytes;
     }
-    static int64_t bytes_of_token_tile(const PanelsHeader &h) { return bytes_of_panel(h) * E::kParts; }
 
-    // Outputs of tokens [first, last) for `count` panels, which lie unpacked. What lies at `ahead` is fetched meanwhile.
-    void run(int64_t panel, int count, int64_t first, int64_t last, const uint8_t *ahead) {
-        const int64_t blocks = (last - first + 2 * kTile - 1) / (2 * kTile);
-        const int64_t steps = blocks * h_.terms * h_.blocks * kBlockColumns / columns_;
-        const int64_t lines = 2 * h_.terms * h_.blocks * h_.bits;
-        ahead_ = ahead;
-        lines_ahead_ = static_cast<int>(ahead ? (lines + steps - 1) / steps : 0);
+    // Outputs of tokens [first, last) for `count` panels, which are unpacked as the first tokens pass.
+    void run(int64_t panel, int count, int64_t first, int64_t last) {
+        unpacker_.begin(panel, count);
         for (int64_t token = first; token < last; token += 2 * kTile) {
             const int64_t left = last - token;
             const Block block{panel, token, static_cast<int>(left < 2 * kTile ? left : 2 * kTile),
@@ -142,8 +90,8 @@ private:
         const int64_t size = job_.linear->type == PREQUANT_FLOAT32 ? 4 : 2;
         const auto *out = static_cast<const char *>(job_.output) + (block.token * h_.rows + block.panel * kPanelRows) * size;
         for (int m = 0; m < block.count; ++m, out += h_.rows * size) {
-            _mm_prefetch(out, _MM_HINT_T0);
-            if (block.panels == 2) _mm_prefetch(out + kPanelRows * size, _MM_HINT_T0);
+            _mm_prefetch(out, _MM_HINT_T1);
+            if (block.panels == 2) _mm_prefetch(out + kPanelRows * size, _MM_HINT_T1);
         }
     }
 
@@ -201,7 +149,8 @@ private:
     }
 
     template <int T, int N, Sums S>
-    PREQUANT_INLINE void step(const uint8_t *tokens, const uint8_t *codes, Product *store, int apart) const {
+    PREQUANT_INLINE void step(const uint8_t *tokens, const uint8_t *codes, Product *store, int apart) {
+        unpacker_.step();
         PREQUANT_UNROLL
         for (int part = 0; part < E::kParts; ++part) {
             const bool first = part == 0;
@@ -211,7 +160,7 @@ private:
             if (first && S != Sums::kKept) _tile_zero(0);
             E::multiply00();
             if (N == 2) {
-                if (first) _tile_loadd(7, codes + bytes_of_panel(h_), kVector);
+                if (first) _tile_loadd(7, codes + kTileBytes, kVector);
                 if (first && S == Sums::kStored) _tile_stored(1, store[apart], kVector);
                 if (first && S != Sums::kKept) _tile_zero(1);
                 E::multiply01();
@@ -233,27 +182,17 @@ private:
     // One group; what it sums up stays in the tiles, and what was in them goes to `store`.
     template <int T, int N, Sums S>
     PREQUANT_INLINE void multiply(const Block &block, int64_t group, Product *store, int apart) {
-        const int64_t term = group / h_.groups, all = h_.blocks * kBlockColumns;
+        const int64_t all = h_.blocks * kBlockColumns, before = group / h_.groups * all;  // in other terms
         const int64_t width = static_cast<int64_t>(h_.group_blocks) * kBlockColumns;
-        int64_t k = (group - term * h_.groups) * width;
+        int64_t k = group % h_.groups * width;
         const int64_t end = k + width < all ? k + width : all;
         const uint8_t *tokens = inputs_ + block.token / kTile * bytes_of_token_tile(h_);
-        const uint8_t *codes = unpacked_ + term * 2 * bytes_of_panel(h_);
         const auto of_input = [](int64_t column) {  // the second half of a tile lies beside the first
             return column / E::kColumns * E::kParts * kTileBytes + column % E::kColumns * kVector / E::kColumns;
         };
-        constexpr int64_t kCodeBytes = kTileBytes / E::kColumns;
-        step<T, N, S>(tokens + of_input(k), codes + k * kCodeBytes, store, apart);
-        fetch_ahead();
+        step<T, N, S>(tokens + of_input(k), unpacker_.tile(before + k, 0), store, apart);
         for (k += columns_; k < end; k += columns_) {
-            step<T, N, Sums::kKept>(tokens + of_input(k), codes + k * kCodeBytes, nullptr, 0);
-            fetch_ahead();
-        }
-    }
-
-    PREQUANT_INLINE void fetch_ahead() {
-        for (int i = 0; i < lines_ahead_; ++i, ahead_ += kVector) {
-            _mm_prefetch(reinterpret_cast<const char *>(ahead_), _MM_HINT_T1);
+            step<T, N, Sums::kKept>(tokens + of_input(k), unpacker_.tile(before + k, 0), nullptr, 0);
         }
     }
 
@@ -295,13 +234,11 @@ private:
 
     const Job &job_;
     const PanelsHeader &h_;
-    const uint8_t *inputs_, *unpacked_;
+    const uint8_t *inputs_;
     const float *input_sums_;
     const int columns_;
     const int64_t groups_;  // of all terms
-
-    const uint8_t *ahead_ = nullptr;
-    int lines_ahead_ = 0;  // at each step
+    Unpacker &unpacker_;
 
     // What is not added yet: the last group, which is in the tiles, or the last four, of which one is.
     Block last_{};

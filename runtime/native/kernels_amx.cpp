@@ -1,10 +1,9 @@
 // The kernels for AMX. Many tokens go through tiles (amx_tiles.h); a few are AVX-512's.
 //
-// A pair of panels is unpacked once, into what tiles take, and stays in L2 while tokens pass: as many as fit beside it.
+// A pair of panels is unpacked as the first tokens meet it, and stays in L2 while others pass: as many as fit beside it.
 
 #include "amx_tiles.h"
 #include "amx_tokens.h"
-#include "amx_unpack.h"
 #include "avx512.h"
 
 namespace {
@@ -21,13 +20,18 @@ template <class Call> auto with_tiles(const prequant_linear &linear, Call call) 
     return call(TilesOfHalves<3>{});
 }
 
-// What a thread has of its own: a pair of panels [terms][2][panel], then input sums [tokens][terms][groups].
+// What a thread has of its own: unpacked tiles, then input sums [tokens][terms][groups].
 template <class E> struct Own {
-    int64_t codes, sums;
+    int64_t together, tiles, sums;
+    bool ring;
 
-    Own(const PanelsHeader &h, bool zeros, int64_t tokens)
-        : codes(h.terms * 2 * Tiles<E>::bytes_of_panel(h)),
-          sums(zeros ? round_up(tokens, 2 * kTile) * h.terms * h.groups * 4 : 0) {}
+    Own(const PanelsHeader &h, bool zeros, int64_t tokens) {
+        const int64_t fitting = kTokenBytes / Tiles<E>::bytes_of_token_tile(h) / 2 * 2 * kTile;
+        together = fitting < 2 * kTile ? 2 * kTile : fitting;
+        ring = (tokens < together ? tokens : together) <= 2 * kTile;
+        tiles = Unpacker::bytes<E>(h, ring);
+        sums = zeros ? round_up(tokens, 2 * kTile) * h.terms * h.groups * 4 : 0;
+    }
 };
 
 // As floats, and once for each term.
@@ -46,7 +50,7 @@ template <class E> void copy_input_sums(const Job &job, float *out) {
 template <class E> void panels_by_tiles(const Job &job, int64_t first, int64_t last, uint8_t *own) {
     const PanelsHeader &h = *job.panels.header;
     const Own<E> places(h, job.panels.zeros, job.tokens);
-    auto *sums = reinterpret_cast<float *>(own + places.codes);
+    auto *sums = reinterpret_cast<float *>(own + places.tiles);
     if (job.panels.zeros) copy_input_sums<E>(job, sums);
     // A group of an odd number of blocks takes half tiles.
     const bool whole = E::kColumns == kBlockColumns || h.group_blocks % 2 == 0;
@@ -55,22 +59,13 @@ template <class E> void panels_by_tiles(const Job &job, int64_t first, int64_t l
     _tile_loadconfig(&configuration);
     const auto *inputs = E::kHalves ? reinterpret_cast<const uint8_t *>(job.floats)
                                     : reinterpret_cast<const uint8_t *>(job.codes);
-    Tiles<E> tiles(job, inputs, own, sums, whole ? E::kColumns : E::kColumns / 2);
-    const int64_t fitting = kTokenBytes / tiles.bytes_of_token_tile(h) / 2 * 2 * kTile;
-    const int64_t together = fitting < 2 * kTile ? 2 * kTile : fitting;
-    for (int64_t token = 0; token < job.tokens; token += together) {
-        const int64_t end = token + together < job.tokens ? token + together : job.tokens;
+    const int columns = whole ? E::kColumns : E::kColumns / 2;
+    Unpacker unpacker(job, E{}, columns, places.ring, own);
+    Tiles<E> tiles(job, inputs, sums, columns, unpacker);
+    for (int64_t token = 0; token < job.tokens; token += places.together) {
+        const int64_t end = token + places.together < job.tokens ? token + places.together : job.tokens;
         for (int64_t panel = first; panel < last; panel += 2) {
-            const int count = panel + 1 < last ? 2 : 1;
-            const int64_t bytes = h.terms * h.blocks * h.bits * kVector;
-            const uint8_t *codes = job.panels.codes + panel * bytes;
-            for (int64_t term = 0; term < h.terms; ++term) {
-                for (int n = 0; n < count; ++n) {
-                    unpack<E::kHalves>(h, codes + (n * h.terms + term) * h.blocks * h.bits * kVector,
-                                       own + (term * 2 + n) * tiles.bytes_of_panel(h));
-                }
-            }
-            tiles.run(panel, count, token, end, panel + 2 < last ? codes + 2 * bytes : nullptr);
+            tiles.run(panel, panel + 1 < last ? 2 : 1, token, end);
         }
     }
     tiles.flush();
@@ -91,7 +86,7 @@ int64_t own_bytes_for_tiles(const Panels &panels, const prequant_linear &linear,
     if (!by_tiles(linear, tokens)) return 0;
     return with_tiles(linear, [&](auto kind) {
         const Own<decltype(kind)> own(*panels.header, panels.zeros, tokens);
-        return own.codes + own.sums;
+        return own.tiles + own.sums;
     });
 }
 

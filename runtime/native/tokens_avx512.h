@@ -6,6 +6,8 @@
 
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "tokens.h"
 
 namespace {
@@ -46,26 +48,35 @@ template <class Row> uint32_t largest_magnitude(const Row &row, int64_t columns)
 // x / scale as the processor's division rounds it, by multiplications. `inverse` + `rest` is 1 / scale to 46 bits, so
 // the first quotient is one of the two floats around the true one, its remainder is exact, and one correction by the
 // correctly rounded inverse gives the correctly rounded quotient (Markstein). Holds where nothing under- or overflows:
-// scales are bounded for it, quotients below 2^-20 don't matter beside the zero that is added, and those that are cut
-// off in any case are cut off before.
+// scales are bounded for it, and quotients below 2^-20 don't matter beside the zero that is added.
 struct Quotient {
     static constexpr float kSmallest = 0x1p-60f, kLargest = 0x1p60f, kZeros = 2048.0f;
 
-    __m512 scale, inverse, rest, limit;
+    __m512 scale, inverse, rest;
 
     static bool holds(float scale, float zero) {
         return scale >= kSmallest && scale <= kLargest && zero >= -kZeros && zero <= kZeros;
     }
 
-    explicit Quotient(float s)
-        : scale(_mm512_set1_ps(s)), inverse(_mm512_set1_ps(1.0f / s)), limit(_mm512_set1_ps(2.0f * kZeros * s)) {
+    explicit Quotient(float s) : scale(_mm512_set1_ps(s)), inverse(_mm512_set1_ps(1.0f / s)) {
         rest = _mm512_mul_ps(_mm512_fnmadd_ps(scale, inverse, _mm512_set1_ps(1.0f)), inverse);
     }
 
     __m512 operator()(__m512 x) const {
-        x = _mm512_min_ps(_mm512_max_ps(x, _mm512_sub_ps(_mm512_setzero_ps(), limit)), limit);
         const __m512 near = _mm512_fmadd_ps(x, inverse, _mm512_mul_ps(x, rest));
         return _mm512_fmadd_ps(_mm512_fnmadd_ps(near, scale, x), inverse, near);
+    }
+};
+
+// The same where x may be so large that it, or its level, has to be cut off.
+struct BoundedQuotient : Quotient {
+    __m512 limit;
+
+    explicit BoundedQuotient(float s) : Quotient(s), limit(_mm512_set1_ps(2.0f * kZeros * s)) {}
+
+    __m512 operator()(__m512 x) const {
+        x = _mm512_max_ps(x, _mm512_sub_ps(_mm512_setzero_ps(), limit));
+        return Quotient::operator()(_mm512_min_ps(x, limit));
     }
 };
 
@@ -109,10 +120,12 @@ struct TokensAvx512 {
         job.scales[token] = grid.finite ? grid.scale : float_of(kNotANumber);
         if (!grid.finite) {
             write(token, chunks, [](int64_t) { return _mm512_setzero_si512(); });
-        } else if (Quotient::holds(grid.scale, grid.zero)) {
+        } else if (!Quotient::holds(grid.scale, grid.zero)) {
+            write(token, chunks, Codes<Row, Division>{row, h.columns, grid, Division(grid.scale)});
+        } else if (linear.input == PREQUANT_INPUT_DYNAMIC) {
             write(token, chunks, Codes<Row, Quotient>{row, h.columns, grid, Quotient(grid.scale)});
         } else {
-            write(token, chunks, Codes<Row, Division>{row, h.columns, grid, Division(grid.scale)});
+            write(token, chunks, Codes<Row, BoundedQuotient>{row, h.columns, grid, BoundedQuotient(grid.scale)});
         }
     }
 
@@ -125,7 +138,9 @@ struct TokensAvx512 {
 
         __m512i level(int64_t k, __mmask16 mask) const {
             __m512 level = _mm512_add_ps(divided(row.load(k, mask)), _mm512_set1_ps(grid.zero));
-            level = _mm512_min_ps(_mm512_max_ps(level, _mm512_setzero_ps()), _mm512_set1_ps(grid.top));
+            if (!std::is_same_v<Divided, Quotient>) {  // its levels are between the bounds by the choice of the scale
+                level = _mm512_min_ps(_mm512_max_ps(level, _mm512_setzero_ps()), _mm512_set1_ps(grid.top));
+            }
             return _mm512_cvtps_epi32(level);
         }
 
