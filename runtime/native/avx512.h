@@ -23,7 +23,11 @@ struct Avx512 {
     template <int W> struct Levels { __m512 table; };
     template <int W> struct Products {};  // they are summed at once
 
-    static PREQUANT_INLINE Codes load(const uint8_t *from) { return _mm512_loadu_si512(from); }
+    static PREQUANT_INLINE Codes load(const uint8_t *from) {
+        Codes codes = _mm512_loadu_si512(from);
+        asm("" : "+v"(codes));  // or GCC loads it anew for every AND
+        return codes;
+    }
     static PREQUANT_INLINE Floats load_floats(const float *from) { return _mm512_loadu_ps(from); }
     static PREQUANT_INLINE void store(float *to, Floats floats) { _mm512_storeu_ps(to, floats); }
     static PREQUANT_INLINE Ints zero() { return _mm512_setzero_si512(); }

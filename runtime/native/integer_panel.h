@@ -120,26 +120,28 @@ template <class V, int B, int M>
 void integer_strips(const Job &job, int64_t panel, int strip, int64_t last, int64_t token, float (*out)[kPanelRows]) {
     constexpr int N = V::template kStrips<B, M>, kOfPanel = kPanelRows / V::kRows;
     const PanelsHeader &h = *job.panels.header;
-    const int64_t group_floats = kPanelRows, stride = job.stride;
+    const int64_t stride = job.stride;
+    const int64_t to_zeros = job.panels.zeros ? job.panels.zeros - job.panels.scales : 0, to_sums = job.sums - job.offsets;
+    const int64_t in_groups = h.groups * h.group_blocks;  // blocks: the padding has no scales, and needs none
     const bool doubled = h.multiple == 2;
     typename V::Floats sums[N][M];
     for (int n = 0; n < N; ++n) {
         for (int m = 0; m < M; ++m) sums[n][m] = V::float_zero();
     }
     for (int64_t term = 0; term < h.terms; ++term) {
+        // Few pointers: what the loop over groups keeps has to fit the processor's registers.
         const uint8_t *blocks[N];
-        const float *scales[N], *zeros[N];
+        const float *scales[N];
         for (int n = 0; n < N; ++n) {
             const int64_t wanted = panel + (strip + n) / kOfPanel;
             const int64_t place = (wanted < last ? wanted : last - 1) * h.terms + term;
             const int64_t row = (strip + n) % kOfPanel * V::kRows;
             blocks[n] = job.panels.codes + place * h.blocks * B * kVector + row * 4;
-            scales[n] = job.panels.scales + place * h.groups * group_floats + row;
-            zeros[n] = job.panels.zeros ? job.panels.zeros + place * h.groups * group_floats + row : nullptr;
+            scales[n] = job.panels.scales + place * h.groups * kPanelRows + row;
         }
         const int8_t *inputs = job.codes + token * stride;
-        const int32_t *offsets = job.offsets + token * h.groups, *input_sums = job.sums + token * h.groups;
-        for (int64_t g = 0, left = h.blocks; g < h.groups; ++g, left -= h.group_blocks) {
+        const int32_t *offsets = job.offsets + token * h.groups;
+        for (int64_t left = in_groups < h.blocks ? in_groups : h.blocks; left > 0; left -= h.group_blocks, ++offsets) {
             IntegerPlanes<V, B, N, M> planes;
             planes.clear();
             for (int64_t block = left < h.group_blocks ? left : h.group_blocks; block > 0; --block) {
@@ -153,17 +155,18 @@ void integer_strips(const Job &job, int64_t panel, int strip, int64_t last, int6
                 }
             }
             for (int m = 0; m < M; ++m) {
-                const auto offset = V::spread(offsets[m * h.groups + g]);
+                const auto offset = V::spread(offsets[m * h.groups]);
                 for (int n = 0; n < N; ++n) {
                     const auto products = doubled ? planes.template total<1>(n, m) : planes.template total<0>(n, m);
                     auto value = V::to_float(V::add(products, offset));
-                    if (zeros[n]) {
-                        const auto input_sum = V::spread(static_cast<float>(input_sums[m * h.groups + g]));
-                        value = V::negative_multiply_add(V::load_floats(zeros[n] + g * group_floats), input_sum, value);
+                    if (to_zeros) {
+                        const auto input_sum = V::spread(static_cast<float>(offsets[to_sums + m * h.groups]));
+                        value = V::negative_multiply_add(V::load_floats(scales[n] + to_zeros), input_sum, value);
                     }
-                    sums[n][m] = V::multiply_add(value, V::load_floats(scales[n] + g * group_floats), sums[n][m]);
+                    sums[n][m] = V::multiply_add(value, V::load_floats(scales[n]), sums[n][m]);
                 }
             }
+            for (int n = 0; n < N; ++n) scales[n] += kPanelRows;
         }
     }
     for (int n = 0; n < N; ++n) {
