@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer,
 
 from prequant.checkpoint import load
 from prequant.model import ModelProgram
-from prequant.sources import SourceError, check_length, is_compressed, load_model, load_tokenizer
+from prequant.sources import SourceError, is_compressed, load_model, load_tokenizer
 
 
 def load_generator(source: str | Path) -> tuple[PreTrainedModel | ModelProgram, PreTrainedTokenizerBase]:
@@ -40,11 +40,15 @@ def continue_text(
     length = int(inputs["input_ids"].shape[1])
     if not length:
         raise SourceError("the prompt has no tokens")
-    if not model.config.is_encoder_decoder:
-        check_length(model.config, length + max_new_tokens)
+    positions = None if model.config.is_encoder_decoder else getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and length + max_new_tokens - 1 > positions:  # the last token is not read again
+        raise SourceError(
+            f"{length} tokens of the prompt and {max_new_tokens} new ones: the model has {positions} positions"
+        )
     set_seed(seed)
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None  # type: ignore[arg-type]
-    generated = model.generate(  # type: ignore[operator]
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
+    generator: Any = model
+    generated = generator.generate(
         **inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=tokenizer.pad_token_id, **settings
     )
     return str(tokenizer.decode(generated[0], skip_special_tokens=True))

@@ -127,9 +127,12 @@ class ModelProgram(TracedProgram):
         """What :meth:`generate` goes by where it is not told; a copy of the model's own."""
         config = self.info.extra.get(GENERATION_CONFIG)
         if config is None:
-            config = GenerationConfig.from_model_config(self.config)
-            self.update_info(extra={**self.info.extra, GENERATION_CONFIG: config})
+            self.generation_config = config = GenerationConfig.from_model_config(self.config)
         return cast(GenerationConfig, config)
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig) -> None:
+        self.update_info(extra={**self.info.extra, GENERATION_CONFIG: config})
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Like ``transformers.GenerationMixin.generate``: greedy, sampling, beams, left-padded batches, streamers.

@@ -29,13 +29,15 @@ def with_cache(program: ModelProgram) -> GenerativeProgram:
     if made is None or made[0] != state:
         graphs = make_graphs(program)
         kind = GenerativeDecoder if graphs.encoder is None else GenerativeSeq2Seq
-        generative = kind(program, graphs)
+        generative: GenerativeProgram = kind(program, graphs)
         check_values(program, generative)
         made = _MADE[program] = (state, generative)
-    return made[1]
+    generative = made[1]
+    generative.generation_config = program.generation_config
+    return generative
 
 
 def _state(program: ModelProgram) -> Any:
-    """Equal as long as the program has the same graph and the same tensors in the same place."""
+    """Equal as long as the program has the same graph, configuration, and tensors in the same place."""
     tensors = [*program.parameters(), *program.buffers()]
-    return program.code, tuple((id(tensor), tensor.device, tensor.dtype) for tensor in tensors)
+    return program.code, id(program.config), tuple((id(tensor), tensor.device, tensor.dtype) for tensor in tensors)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
 from prequant.model import ModelProgram
@@ -19,7 +18,7 @@ from prequant.passes.lifted import lifted
 from .errors import GenerationError
 from .graphs import Graphs
 
-MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
+MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 """What needs no more than the logits of the last position."""
 CACHE = "past_key_values"
 
@@ -157,7 +156,7 @@ class GenerativeDecoder(GenerativeProgram):
             inputs.append(position_ids if position_ids.shape[0] == batch else position_ids.expand(batch, -1))
         step = self.run_decode if length == 1 else self.run_prefill
         logits, *present = step(*inputs, *past)
-        cache = (past_key_values or self._new_cache()) if use_cache else None
+        cache = self._new_cache() if past_key_values is None and use_cache else past_key_values
         if cache is not None:
             _store(cache, present)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
@@ -236,8 +235,9 @@ class GenerativeSeq2Seq(GenerativeProgram):
             logits, *present = self.run_decode(decoder_input_ids, mask, source_mask, *past, *cross)
         else:
             logits, *present = self.run_prefill(decoder_input_ids, mask, source_mask, hidden, *past)
-        cache = (past_key_values or cast(EncoderDecoderCache, self._new_cache())) if use_cache else None
+        cache = self._new_cache() if past_key_values is None and use_cache else past_key_values
         if cache is not None:
+            assert isinstance(cache, EncoderDecoderCache)
             _store(cache.self_attention_cache, present[: len(past)])
             if not started:
                 _store(cache.cross_attention_cache, present[len(past) :])

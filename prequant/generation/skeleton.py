@@ -16,7 +16,7 @@ from prequant.model import MODEL_CLASS, ModelProgram
 from .cached_trace import CachedTrace, trace_cached
 from .errors import GenerationError
 
-REMEMBERED = 4
+REMEMBERED = 8
 """Traces that are kept: a Program and what passes made of it share one."""
 
 
@@ -27,7 +27,10 @@ def skeleton(program: ModelProgram) -> CachedTrace:
     :class:`TraceError`.
     """
     kind = model_class(str(program.info.extra[MODEL_CLASS]))
-    return _traced(kind, program.config.to_json_string(use_diff=False), *_ways(program))
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    fused = any(program.graph.find_nodes(op="call_function", target=attention))
+    config = program.config.to_json_string(use_diff=False)
+    return _traced(kind, config, "sdpa" if fused else "eager", *_dtypes(program))
 
 
 def generates(program: ModelProgram) -> bool:
@@ -59,18 +62,24 @@ def model_class(path: str) -> Any:
     return found
 
 
-def _ways(program: ModelProgram) -> tuple[str, torch.dtype]:
-    """The attention that the program was traced with, and the dtype that it computes in."""
-    attention = torch.ops.aten.scaled_dot_product_attention.default
-    fused = any(program.graph.find_nodes(op="call_function", target=attention))
-    # Norms and biases have the model's own dtype, whatever its weights have become.
+def _dtypes(program: ModelProgram) -> tuple[torch.dtype, tuple[tuple[str, torch.dtype], ...]]:
+    """The dtype of the modules, and that of every float tensor that the program holds under its own name."""
+    tensors = (*program.named_parameters(), *program.named_buffers())
+    floats = tuple((name, tensor.dtype) for name, tensor in tensors if tensor.is_floating_point())
+    # Norms and biases have the model's dtype, whatever its weights have become.
     plain = (p.dtype for name, p in program.named_parameters() if p.dim() == 1 and name.endswith((".weight", ".bias")))
-    return "sdpa" if fused else "eager", next(plain, torch.float32)
+    return next(plain, torch.float32), floats
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _traced(kind: Any, config: str, attention: str, dtype: torch.dtype) -> CachedTrace:
+def _traced(
+    kind: Any, config: str, attention: str, dtype: torch.dtype, dtypes: tuple[tuple[str, torch.dtype], ...]
+) -> CachedTrace:
     values = kind.config_class.from_dict(json.loads(config))
     with torch.device("meta"):
         model = kind._from_config(values, attn_implementation=attention, dtype=dtype)
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, own in dtypes:  # a few parameters and buffers may be kept in another
+        if name in held:
+            held[name].data = held[name].data.to(own)
     return trace_cached(model.eval())

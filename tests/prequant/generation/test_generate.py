@@ -94,7 +94,9 @@ def test_one_prompt_of_one_token(family: str) -> None:
     model, program = pair(family)
     inputs = prompts(model, 1, 1, padded=False)
     assert torch.equal(generate(program, inputs, 12), generate(model, inputs, 12))
-    assert torch.equal(generate(program, {"inputs": inputs["input_ids"]}, 12), generate(model, inputs, 12)), "by position"
+    assert torch.equal(generate(program, {"inputs": inputs["input_ids"]}, 12), generate(model, inputs, 12)), (
+        "by position"
+    )
 
 
 def test_a_prompt_that_is_not_there_starts_from_the_first_token() -> None:
@@ -161,7 +163,7 @@ def test_text_is_streamed() -> None:
     tokenizer, model = make_tokenizer(), make_model("GPT2", "LMHeadModel")
     program = traced(model)
     inputs = tokenizer("a good film", return_tensors="pt")
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)  # type: ignore[arg-type]
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
     tokens = generate(program, dict(inputs), 8, streamer=streamer)
     assert "".join(streamer) == tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :])
 
@@ -169,7 +171,8 @@ def test_text_is_streamed() -> None:
 def test_a_pipeline_writes_the_models_text() -> None:
     tokenizer, model = make_tokenizer(), make_model("GPT2", "LMHeadModel")
     tokenizer.padding_side = "left"
-    texts, make = ["a good film", "not bad", "it"], pipeline
+    make: Any = pipeline
+    texts = ["a good film", "not bad", "it"]
     settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "batch_size": 3}
     ours, theirs = (
         make("text-generation", model=each, tokenizer=tokenizer)(texts, **settings)
@@ -205,8 +208,8 @@ def test_packed_tokens_are_the_simulated_ones(family: str, form: str) -> None:
 @pytest.mark.parametrize("family", ["GPT2", "Llama", "T5"])
 def test_a_loaded_folder_generates(family: str, tmp_path: Path) -> None:
     model, program = pair(family)
-    packed = lower(FORMS["4-bit-with-outliers"](program))
-    packed.save_pretrained(tmp_path)  # type: ignore[attr-defined]
+    packed: Any = lower(FORMS["4-bit-with-outliers"](program))
+    packed.save_pretrained(tmp_path)
     loaded: Any = load(tmp_path)
     inputs = prompts(model)
     assert torch.equal(generate(loaded, inputs, 24), generate(packed, inputs, 24))
