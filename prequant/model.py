@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from prequant.passes import ProgramInfo
@@ -112,9 +112,36 @@ class ModelProgram(TracedProgram):
     base_model_prefix = ""
     """Asked for by pipelines when they describe themselves."""
 
+    output_modalities = ("text",)
+
+    # ---- generating --------------------------------------------------------------------------------------------------
+
     def can_generate(self) -> bool:
-        """Whether there is a ``generate``: no, the graph keeps no cache."""
-        return False
+        """Whether the model is a decoder, or seq2seq model, with a language model's head."""
+        from .generation import generates
+
+        return generates(self)
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """What :meth:`generate` goes by where it is not told; a copy of the model's own."""
+        config = self.info.extra.get(GENERATION_CONFIG)
+        if config is None:
+            self.generation_config = config = GenerationConfig.from_model_config(self.config)
+        return cast(GenerationConfig, config)
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig) -> None:
+        self.update_info(extra={**self.info.extra, GENERATION_CONFIG: config})
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Like ``transformers.GenerationMixin.generate``: greedy, sampling, beams, left-padded batches, streamers.
+
+        Runs :func:`prequant.generation.with_cache`, whose graphs are made at the first call.
+        """
+        from .generation import with_cache
+
+        return cast(Any, with_cache(self)).generate(*args, **kwargs)
 
     def _tensors(self) -> Any:
         yield from self.parameters()

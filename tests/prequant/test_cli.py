@@ -20,7 +20,7 @@ from prequant.sources import load_program
 
 from .tiny import LENGTH, make_model, make_tokenizer, save_folder, write_data
 
-COMMANDS = ("compress", "eval", "finetune", "inspect", "opt", "passes", "recipes")
+COMMANDS = ("compress", "eval", "finetune", "generate", "inspect", "opt", "passes", "recipes")
 FOUR_PASSES = "canonicalize,split-outliers{ratio=0.01},quantize-weights{bits=4},lower"
 
 
@@ -307,6 +307,8 @@ BAD: list[tuple[list[str], str]] = [
     (["finetune", "{encoder}", *JOB[2:], "--out", "{wrong}"], "is a file; a folder to save into belongs there"),
     (["eval", "no/such/folder", "--task", "sst2"], "the model folder 'no/such/folder' does not exist"),
     (["eval", "{encoder}", "--task", "sst2"], "has no head for sst2"),
+    (["generate", "no/such/folder", "--prompt", "a"], "the model folder 'no/such/folder' does not exist"),
+    (["generate", "{encoder}", "--prompt", "a"], "encoder holds a BertModel, which does not generate text"),
     (["inspect", "no/such/folder"], "no/such/folder is no folder"),
     (["inspect", "{encoder}"], "has no prequant.json, so it holds no Program"),
     (["opt", "no/such/folder", "--pipeline", "lower"], "the model folder 'no/such/folder' does not exist"),

@@ -1,0 +1,300 @@
+"""GenerativeProgram: what transformers' ``generate`` asks of a model, over graphs with a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
+
+from prequant.model import ModelProgram
+from prequant.passes import Program
+from prequant.passes.lifted import lifted
+
+from .errors import GenerationError
+from .graphs import Graphs
+
+MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
+"""What needs no more than the logits of the last position."""
+CACHE = "past_key_values"
+
+
+class GenerativeProgram(GenerationMixin):
+    """A Program's graphs with a cache, and transformers' ``generate`` over them.
+
+    ``graphs.prefill`` takes any number of new positions, ``graphs.decode`` one. Both compute on the tensors of the
+    Program that they were made from, in eval mode. The cache is a ``DynamicCache`` of plain layers, also for a model
+    with sliding windows, whose graph masks what is out of sight.
+    """
+
+    main_input_name = "input_ids"
+    input_modalities = "text"
+    base_model_prefix = ""
+    _is_stateful = False
+    _supported_generation_modes = MODES
+
+    def __init__(self, program: ModelProgram, graphs: Graphs) -> None:
+        self.graphs = graphs
+        self.run_prefill, self.run_decode = lifted(graphs.prefill), lifted(graphs.decode)
+        self.config, self.generation_config = program.config, program.generation_config
+        self.device, self.dtype = program.device, program.dtype
+        cached = [item for item in graphs.prefill.signature.inputs if item.name.startswith("past_")]
+        self._cache_inputs = [(int(item.shape[1]), int(item.shape[3]), item.dtype) for item in cached]
+
+    # ---- what generate asks ------------------------------------------------------------------------------------------
+
+    def can_generate(self) -> bool:
+        """It does nothing else."""
+        return True
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        """No code comes with a Program."""
+        return False
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        """None: a graph has its experts fixed."""
+        return {}
+
+    def _prepare_cache_for_generation(  # type: ignore[override]  # what it returns is not used
+        self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any
+    ) -> None:
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise GenerationError(f"cache_implementation={kind!r}: a Program generates with a dynamic cache only")
+        given = model_kwargs.get(CACHE)
+        if given is not None:
+            given._is_user_defined = True
+        elif generation_config.use_cache:
+            model_kwargs[CACHE] = self._new_cache()
+
+    def _new_cache(self) -> Cache:
+        return DynamicCache()
+
+    # ---- running the graphs ------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """One step, called like the model."""
+        raise NotImplementedError
+
+    def _past(self, cache: Cache | None, batch: int) -> list[Tensor]:
+        """Keys and values in the order of the graph's inputs. Raises :class:`GenerationError` for another cache."""
+        if cache is None or not cache.get_seq_length():
+            return [
+                torch.empty((batch, heads, 0, size), dtype=dtype, device=self.device)
+                for heads, size, dtype in self._cache_inputs
+            ]
+        return _tensors(cache)
+
+    def _attention_mask(self, mask: Tensor | None, batch: int, total: int) -> Tensor:
+        if mask is None:
+            return torch.ones((batch, total), dtype=torch.int64, device=self.device)
+        if mask.shape != (batch, total):
+            raise GenerationError(
+                f"the attention mask is {list(mask.shape)}; with past and new positions it has to be {[batch, total]}"
+            )
+        return mask if mask.dtype is torch.int64 else mask.to(torch.int64)
+
+
+class GenerativeDecoder(GenerativeProgram):
+    """Of a decoder-only model."""
+
+    def __init__(self, program: ModelProgram, graphs: Graphs) -> None:
+        super().__init__(program, graphs)
+        self._takes_positions = "position_ids" in graphs.prefill.signature.names
+
+    def prepare_inputs_for_generation(  # type: ignore[override]  # names each input: generate refuses others
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        use_cache: bool = True,
+        is_first_iteration: bool = False,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The inputs of one step: what is not in the cache yet. Raises :class:`GenerationError` for what the graphs
+        can't return.
+        """
+        _refuse(others)
+        if next_sequence_length is not None:
+            input_ids = input_ids[:, -next_sequence_length:]
+        if position_ids is not None:
+            position_ids = position_ids[:, -input_ids.shape[1] :]
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        return _on(self.device, inputs) | {CACHE: past_key_values, "use_cache": use_cache}
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = True,
+        return_dict: bool = True,
+    ) -> CausalLMOutputWithPast:
+        """Logits ``[batch, 1, vocabulary]`` of the last position, and the cache, which is written into.
+
+        ``attention_mask`` ``[batch, past + length]`` (ones by default); ``position_ids`` ``[batch, length]``, or one
+        row for all (those that the mask leaves, by default).
+        """
+        batch, length = input_ids.shape
+        past = self._past(past_key_values, batch)
+        mask = self._attention_mask(attention_mask, batch, past[0].shape[2] + length)
+        inputs = [input_ids, mask]
+        if self._takes_positions:
+            if position_ids is None:
+                position_ids = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)[:, -length:]
+            inputs.append(position_ids if position_ids.shape[0] == batch else position_ids.expand(batch, -1))
+        step = self.run_decode if length == 1 else self.run_prefill
+        logits, *present = step(*inputs, *past)
+        cache = self._new_cache() if past_key_values is None and use_cache else past_key_values
+        if cache is not None:
+            _store(cache, present)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+
+class GenerativeSeq2Seq(GenerativeProgram):
+    """Of a model with an encoder, whose keys and values for the decoder are computed once."""
+
+    def __init__(self, program: ModelProgram, graphs: Graphs) -> None:
+        super().__init__(program, graphs)
+        assert graphs.encoder is not None
+        self.encoder = Encoder(graphs.encoder)
+
+    def get_encoder(self, *_: Any, **__: Any) -> Encoder:
+        """The encoder, which ``generate`` calls once."""
+        return self.encoder
+
+    def _new_cache(self) -> Cache:
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+    def prepare_inputs_for_generation(  # type: ignore[override]  # names each input: generate refuses others
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
+        use_cache: bool = True,
+        is_first_iteration: bool = False,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The inputs of one step: what is not in the cache yet. Raises :class:`GenerationError` for what the graphs
+        can't return.
+        """
+        _refuse(others)
+        if next_sequence_length is not None:
+            input_ids = input_ids[:, -next_sequence_length:]
+        inputs = {
+            "decoder_input_ids": input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
+            "attention_mask": attention_mask,
+        }
+        rest = {"encoder_outputs": encoder_outputs, CACHE: past_key_values, "use_cache": use_cache}
+        return _on(self.device, inputs) | rest
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        use_cache: bool = True,
+        return_dict: bool = True,
+    ) -> Seq2SeqLMOutput:
+        """Logits ``[batch, length, vocabulary]`` of the new positions, and the cache, which is written into.
+
+        ``attention_mask`` ``[batch, source]`` is the encoder's, ``decoder_attention_mask`` ``[batch, past + length]``
+        the decoder's (both ones by default). ``encoder_outputs`` is made of ``input_ids`` where it is left out.
+        """
+        if decoder_input_ids is None:
+            raise GenerationError("decoder_input_ids are missing")
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(input_ids=cast(Tensor, input_ids), attention_mask=attention_mask)
+        hidden = cast(Tensor, encoder_outputs[0])
+        batch, length = decoder_input_ids.shape
+        own = past_key_values.self_attention_cache if past_key_values is not None else None
+        past = self._past(own, batch)
+        mask = self._attention_mask(decoder_attention_mask, batch, past[0].shape[2] + length)
+        source_mask = self._attention_mask(attention_mask, batch, hidden.shape[1])
+        started = past_key_values is not None and past_key_values.cross_attention_cache.get_seq_length() > 0
+        if length == 1 and started:
+            cross = _tensors(cast(EncoderDecoderCache, past_key_values).cross_attention_cache)
+            logits, *present = self.run_decode(decoder_input_ids, mask, source_mask, *past, *cross)
+        else:
+            logits, *present = self.run_prefill(decoder_input_ids, mask, source_mask, hidden, *past)
+        cache = self._new_cache() if past_key_values is None and use_cache else past_key_values
+        if cache is not None:
+            assert isinstance(cache, EncoderDecoderCache)
+            _store(cache.self_attention_cache, present[: len(past)])
+            if not started:
+                _store(cache.cross_attention_cache, present[len(past) :])
+                cache.is_updated = dict.fromkeys(range(len(past) // 2), True)
+        return Seq2SeqLMOutput(logits=logits, past_key_values=cache, encoder_last_hidden_state=hidden)
+
+
+class Encoder:
+    """An encoder's graph, called like the module."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def __call__(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
+        return self.forward(*args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool = True,
+    ) -> BaseModelOutput:
+        """Hidden states ``[batch, source, size]``. Raises :class:`GenerationError` for what the graph can't return."""
+        _refuse({"output_attentions": output_attentions, "output_hidden_states": output_hidden_states})
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return BaseModelOutput(last_hidden_state=self.program.forward(input_ids, mask)[0])
+
+
+def _refuse(others: dict[str, Any]) -> None:
+    if asked := [name for name, value in others.items() if value]:
+        raise GenerationError(f"a Program can't generate with {asked[0]}: that is not in its graphs")
+
+
+def _on(device: torch.device, inputs: dict[str, Tensor | None]) -> dict[str, Any]:
+    return {
+        name: value if value is None or value.device == device else value.to(device) for name, value in inputs.items()
+    }
+
+
+def _tensors(cache: Cache) -> list[Tensor]:
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        kind = next(type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer)
+        raise GenerationError(f"a cache with a {kind}: a Program takes a DynamicCache() made without a configuration")
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]  # type: ignore[union-attr,misc]
+
+
+def _store(cache: Cache, tensors: Iterable[Tensor]) -> None:
+    """Let a cache hold these keys and values, layer by layer."""
+    held = list(tensors)
+    while 2 * len(cache.layers) < len(held):
+        cache.layers.append(DynamicLayer())
+    for layer, keys, values in zip(cache.layers, held[::2], held[1::2], strict=True):
+        assert isinstance(layer, DynamicLayer)
+        if not layer.is_initialized:
+            layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+        layer.keys, layer.values = keys, values
