@@ -9,23 +9,32 @@ beside them. The peers come with the extra ``bench``. In DIR is kept what each c
 
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from model_cells import REFERENCE, Found, Measurement, Plan, contenders, measure_source  # type: ignore[import-not-found]
-from model_contenders import PREQUANT  # type: ignore[import-not-found]
+from model_cells import Measurement, contenders, measure_source  # type: ignore[import-not-found]
 from model_inputs import SOURCES  # type: ignore[import-not-found]
 from results_file import RESULTS, write  # type: ignore[import-not-found]
 from rich.console import Console
+from stands import (  # type: ignore[import-not-found]
+    REFERENCE,
+    Found,
+    Plan,
+    absent_list,
+    chosen_of,
+    loading_table,
+    milliseconds,
+    ratio_columns,
+    ratios,
+    records,
+)
 
 from prequant.runtime import native
 
 MODELS = ["bert-base", "minilm"]
-MIB = 1 << 20
 _log = Console(stderr=True, highlight=False)
 
 
@@ -48,23 +57,17 @@ def main(
     """Measure, and write model.md and model.json."""
     if unknown := set(model) - set(SOURCES):
         raise typer.BadParameter(f"--model {sorted(unknown)}: expected some of {list(SOURCES)}")
-    everybody = contenders()
-    chosen = [c for c in everybody if c.name == REFERENCE or any(part in c.name for part in contender)]
-    for part in contender:
-        if not any(part in c.name for c in everybody):
-            raise typer.BadParameter(
-                f"--contender {part!r}: no one has it in their name: {[c.name for c in everybody]}"
-            )
+    try:
+        chosen = chosen_of(contenders(), contender)
+    except ValueError as error:
+        raise typer.BadParameter(f"--contender {error}") from None
     plan = Plan(threads or torch.get_num_threads(), repeats, warmup, lead_ms / 1000, block_ms / 1000, timeout_s)
     load = os.getloadavg()[0]
     if load > 0.5:
         _log.print(f"[bold]the load of this machine is {load:.1f}: what else runs on it will be in the figures")
     found = Found()
     for name in model:
-        part = measure_source(plan, SOURCES[name], chosen, work.absolute(), _log.print)
-        found.loaded += part.loaded
-        found.measurements += part.measurements
-        found.absent |= part.absent
+        found.add(measure_source(plan, SOURCES[name], chosen, work.absolute(), _log.print))
         path = _write(plan, found, load, out)  # as far as it goes
     Console().print(path.read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True)
 
@@ -72,60 +75,30 @@ def main(
 # ---- what is written -------------------------------------------------------------------------------------------------
 
 
-def compared(one: Measurement, cell: Sequence[Measurement]) -> dict[str, Any]:
-    """Latencies of others over this one's: the reference, and for prequant the fastest peer and the fastest of its
-    width (8 bits, or up to 4 but no fewer than ours). ``cell`` is all that was measured on one cell."""
-    reference = next(m for m in cell if m.name == REFERENCE)
-    ratios: dict[str, Any] = {"over_fp32": reference.median / one.median}
-    if one.library != PREQUANT:
-        return ratios
-    peers = [m for m in cell if m.library != PREQUANT]
-    widths = range(8, 9) if one.bits > 4 else range(one.bits, 5)
-    for key, rivals in (("peer", peers), ("peer_of_width", [m for m in peers if m.bits in widths])):
-        best = min(rivals, key=lambda m: m.median, default=None)
-        ratios[f"best_{key}"] = best.name if best else None
-        ratios[f"over_best_{key}"] = best.median / one.median if best else None
-    return ratios
-
-
 def _write(plan: Plan, found: Found, load: float, out: Path) -> Path:
     cells: dict[tuple[str, str], list[Measurement]] = {}
     for m in found.measurements:
         cells.setdefault((m.model, m.cell), []).append(m)
     tables: dict[str, list[dict[str, str]]] = {}
-    records = []
+    measurements = []
     for (model, cell_name), cell in cells.items():
         rows = []
         for m in cell:
-            ratios = compared(m, cell)
-            records.append({**asdict(m), **ratios})
+            against = ratios(m, cell, "median")
+            measurements.append({**asdict(m), **against})
             rows.append(
                 {
                     "": m.name,
-                    "ms a batch": f"{_ms(m.median)} ({_ms(m.p10)}–{_ms(m.p90)})",
+                    "ms a batch": f"{milliseconds(m.median)} ({milliseconds(m.p10)}–{milliseconds(m.p90)})",
                     "sentences/s": f"{m.throughput:,.1f}",
-                    "fp32 / it": _ratio(ratios["over_fp32"]),
-                    "best peer / it": _ratio(ratios.get("over_best_peer")),
-                    "best of width / it": _ratio(ratios.get("over_best_peer_of_width")),
+                    **ratio_columns(against),
                     "error": f"{m.error:.2g}",
                     "cosine": f"{m.cosine:.4f}",
                 }
             )
         tables[f"{model}, {cell_name}"] = rows
     for model in dict.fromkeys(loaded.model for loaded in found.loaded):
-        tables[f"{model}: loading"] = [
-            {
-                "": loaded.name,
-                "peak MiB": f"{loaded.peak / MIB:,.0f}",
-                "MiB after": f"{loaded.resident / MIB:,.0f}",
-                "MiB on disk": f"{loaded.disk / MIB:,.1f}",
-                "peak / disk": f"{loaded.peak / loaded.disk:.2f}",
-                "s to load": f"{loaded.load:.2f}",
-                "s for the first batch": f"{loaded.first_call:.2f}",
-            }
-            for loaded in found.loaded
-            if loaded.model == model
-        ]
+        tables[f"{model}: loading"] = loading_table(model, found.loaded)
     return write(
         "model",
         "Whole encoders",
@@ -135,26 +108,11 @@ def _write(plan: Plan, found: Found, load: float, out: Path) -> Path:
         folder=out,
         threads=str(plan.threads),
         packages=("torchao", "onnx", "onnxruntime", "openvino", "nncf"),
-        measurements={
-            "plan": asdict(plan),
-            "load": load,
-            "absent": found.absent,
-            "loaded": [asdict(loaded) for loaded in found.loaded],
-            "measurements": records,
-        },
+        measurements=records(found, measurements, plan, load),
     )
 
 
-def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.2f}" if seconds < 0.1 else f"{1000 * seconds:,.0f}"
-
-
-def _ratio(ratio: float | None) -> str:
-    return "–" if ratio is None else f"{ratio:.2f}"
-
-
 def _notes(plan: Plan, found: Found, load: float) -> str:
-    absent = "".join(f"\n- absent: {name}: {reason}" for name, reason in found.absent.items())
     return f"""
 Milliseconds a batch: the median over all batches of {plan.repeats} turns, in parentheses the 10th and 90th percentile;
 sentences a second are over all of them. Each contender has a process of its own, bound to {plan.threads} cores and
@@ -178,7 +136,7 @@ not count. Seconds to load include compiling where it comes first; inductor comp
   graphs for x86 with calibrated scales; all compiled with frozen weights, as are the compiled float ones.
 - ONNX Runtime: its optimizer for BERT, then its dynamic quantization or its 4-bit weights (accuracy level 4).
 - OpenVINO: converted from torch, compiled for the shape of each cell; int8 is NNCF's post-training
-  quantization.{absent}
+  quantization.{absent_list(found)}
 """
 
 

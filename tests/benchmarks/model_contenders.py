@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from pathlib import Path
 
 import numpy as np
 import torch
 from model_inputs import Batch, Cell, Encoder, Source  # type: ignore[import-not-found]
+from stands import PREQUANT, Contender  # type: ignore[import-not-found]
 
 
-class Contender(ABC):
-    """One way to run an encoder.
-
-    ``prepare`` writes files, in a process of its own; the process that is measured imports what it needs, loads them,
-    and runs. A contender that can't run here raises, whatever its library raises.
-    """
-
-    library: str
-    tolerance = 0.3
-    """How far a peer's output may be from the float32 one, relative to its norm. Beyond, it does not count."""
-
-    def __init__(self, name: str, bits: int) -> None:
-        self.name, self.bits = name, bits
-
-    @property
-    def slug(self) -> str:
-        """Its name as a name of a folder."""
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
-
-    @abstractmethod
-    def prepare(self, source: Source, folder: Path) -> None:
-        """Write all that is loaded into the empty ``folder``, and nothing else."""
-
-    @abstractmethod
-    def imports(self) -> None:
-        """Import what ``load`` and ``run`` need, so that it does not count as the model's memory."""
+class Encoding(Contender):
+    """One way to run an encoder."""
 
     @abstractmethod
     def load(self, folder: Path, source: Source, cell: Cell, threads: int) -> None:
@@ -47,10 +23,7 @@ class Contender(ABC):
         """Last hidden states ``[batch, length, width]``, float32."""
 
 
-PREQUANT = "prequant"
-
-
-class Packed(Contender):
+class Packed(Encoding):
     """prequant: weights and embeddings in a format, inputs of linears quantized dynamically to 8 bits, or not."""
 
     library = PREQUANT
@@ -82,7 +55,7 @@ class Packed(Contender):
         return found[0].numpy()
 
 
-def packed() -> list[Contender]:
+def packed() -> list[Encoding]:
     """prequant's own, from wide to narrow."""
     row, group = "quantize-weights{{bits={}}}", "quantize-weights{{bits={},granularity=group,group_size=64}}"
     return [

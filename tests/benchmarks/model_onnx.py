@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from model_contenders import Contender, torch_encoder  # type: ignore[import-not-found]
+from model_contenders import Encoding, torch_encoder  # type: ignore[import-not-found]
 from model_inputs import Batch, Cell, Source  # type: ignore[import-not-found]
 
 BLOCK = 64
 """Weights of 4 bits that share a scale."""
 
 
-class Onnx(Contender):
+class Onnx(Encoding):
     """The model as ONNX Runtime's own optimizer for BERT leaves it.
 
     It is exported by tracing, with attention written out: in that form alone does the optimizer find what its fused
@@ -109,7 +109,7 @@ class OnnxInt4(Onnx):
         quantizer.model.save_model_to_file(str(path))
 
 
-def onnx_contenders() -> list[Contender]:
+def onnx_contenders() -> list[Encoding]:
     """From wide to narrow."""
     return [
         Onnx("ONNX Runtime fp32", 32),

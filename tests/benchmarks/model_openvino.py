@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from model_contenders import Contender, torch_encoder  # type: ignore[import-not-found]
+from model_contenders import Encoding, torch_encoder  # type: ignore[import-not-found]
 from model_inputs import Batch, Cell, Source  # type: ignore[import-not-found]
 
 GROUP = 64
 
 
-class OpenVino(Contender):
+class OpenVino(Encoding):
     """The model as OpenVINO converts it, compiled for the shape of each cell, or for any if a cell has several."""
 
     library = "openvino"
@@ -92,7 +92,7 @@ class OpenVinoInt4(OpenVino):
             return nncf.compress_weights(model, mode=mode, ratio=1.0, group_size=GROUP, all_layers=True)
 
 
-def openvino_contenders() -> list[Contender]:
+def openvino_contenders() -> list[Encoding]:
     """From wide to narrow."""
     return [
         OpenVino("OpenVINO fp32", 32, "f32"),

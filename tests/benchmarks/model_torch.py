@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from model_contenders import Contender, torch_encoder  # type: ignore[import-not-found]
+from model_contenders import Encoding, torch_encoder  # type: ignore[import-not-found]
 from model_inputs import Batch, Cell, Encoder, Source  # type: ignore[import-not-found]
 from torch import nn
 
 
-class TorchContender(Contender):
+class TorchContender(Encoding):
     """A module, called with tensors: ``ids, mask  ->  hidden states``."""
 
     library = "torch"
@@ -142,7 +142,7 @@ class TorchAoStatic(TorchContender):
         self.compile(cell)
 
 
-def torch_contenders() -> list[Contender]:
+def torch_contenders() -> list[Encoding]:
     """The float ones, eager float32 first, then torchao's."""
     return [
         Torch("torch fp32", torch.float32),
