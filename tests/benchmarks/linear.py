@@ -6,20 +6,19 @@ The machine must be idle: whatever else runs on its cores is in the figures, and
 Everything takes long; the options choose parts. The peers come with the extra ``bench``.
 """
 
-import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import torch
 import typer
 from ceilings import Ceilings, measure  # type: ignore[import-not-found]
 from contenders import GROUP  # type: ignore[import-not-found]
 from linear_cells import Found, Measurement, Plan, measure_shape  # type: ignore[import-not-found]
+from processes import apart  # type: ignore[import-not-found]
 from results_file import RESULTS, write  # type: ignore[import-not-found]
 from rich.console import Console
 
@@ -37,7 +36,6 @@ NONE = "none"
 FLOATS = {"fp32": "torch fp32", "bf16": "torch bf16"}
 MIB = 1 << 20
 
-Result = TypeVar("Result")
 _log = Console(stderr=True, highlight=False)
 
 
@@ -52,7 +50,8 @@ def main(
     peers: Annotated[list[str], typer.Option(help=f"Libraries: {', '.join(LIBRARIES)}, or none.")] = LIBRARIES,
     repeats: Annotated[int, typer.Option(min=1)] = 21,
     warmup: Annotated[int, typer.Option(min=0, help="Turns that don't count.")] = 3,
-    pause_ms: Annotated[float, typer.Option(min=0, help="Before each turn, so that the others' threads sleep.")] = 5,
+    lead_ms: Annotated[float, typer.Option(min=0, help="Of calls before a block, which don't count.")] = 10,
+    block_ms: Annotated[float, typer.Option(min=0, help="Of calls that are timed as one.")] = 10,
     rotated_mib: Annotated[int, typer.Option(min=0, help="Of weights that each contender goes through.")] = 40,
     memory_mib: Annotated[int, typer.Option(min=1, help="That the memory's speed is measured on.")] = 1024,
     product_size: Annotated[int, typer.Option(min=16, help="Of the matrices that peaks are measured on.")] = 4096,
@@ -72,17 +71,17 @@ def main(
         except FormatError as error:
             raise typer.BadParameter(str(error)) from None
     chosen = (tuple(tokens), tuple(format), tuple(activations), tuple(libraries))
-    plan = Plan(*chosen, repeats, warmup, rotated_mib * MIB, pause_ms / 1000)
+    plan = Plan(*chosen, repeats, warmup, rotated_mib * MIB, lead_ms / 1000, block_ms / 1000)
     load = os.getloadavg()[0]
     if load > 0.5:
         _log.print(f"[bold]the load of this machine is {load:.1f}: what else runs on it will be in the figures")
 
     found, ceilings = Found(), []
     for count in counts:
-        ceilings.append(_apart(measure, count, memory_mib * MIB, max(1, rotated_mib) * MIB, product_size))
+        ceilings.append(apart(count, measure, count, memory_mib * MIB, max(1, rotated_mib) * MIB, product_size))
         for one in shapes:
             _log.print(f"{one[0]} × {one[1]}, {count} threads")
-            part = _apart(measure_shape, plan, one, ceilings[-1])
+            part = measure_shape(plan, one, ceilings[-1])
             found.measurements += part.measurements
             found.absent |= part.absent
             path = _write(plan, found, ceilings, load, counts, out)  # as far as it goes
@@ -94,12 +93,6 @@ def _shape(text: str) -> tuple[int, int]:
     if not (rows.isdigit() and columns.isdigit() and int(rows) and int(columns)) or int(columns) % GROUP:
         raise typer.BadParameter(f"--shape {text}: expected NxK, such as 768x3072, with K a multiple of {GROUP}")
     return int(rows), int(columns)
-
-
-def _apart(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Run in a fresh process: some libraries let a process choose its number of threads only once."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 # ---- what is written -------------------------------------------------------------------------------------------------
@@ -190,8 +183,10 @@ def _notes(plan: Plan, found: Found, load: float) -> str:
     return f"""
 Microseconds of `Y = X Wᵀ`, `X [M, K]`, `W [N, K]`, no bias: the median of {plan.repeats} repeats, in parentheses the
 10th and 90th percentile. Python is included: a call is that of the operator, or of the session. All contenders of a
-column take turns, {plan.pause * 1000:g} ms apart; each goes through copies of its weight, at least three, and
-{plan.rotated / MIB:g} MiB together. Load of the machine before: {load:.2f}; prequant's kernels: {native.chosen_isa()}.
+column take turns: {plan.lead * 1000:g} ms of calls that don't count, then about {plan.block * 1000:g} ms that do. Each
+goes through copies of its weight, at least three, and {plan.rotated / MIB:g} MiB together. Each library has a process
+of its own, bound to as many cores as it has threads, and stopped while another's turn is on. Load of the machine
+before: {load:.2f}; prequant's kernels: {native.chosen_isa()}.
 
 Ratios are `peer / fp32 / bf16 / floor / memory floor`: the time of the best peer of the same width (of int8 for 8
 bits; of 4 bits and fewer, but no fewer than ours, for 4 and fewer), of torch's float32 and of its bfloat16 linear over

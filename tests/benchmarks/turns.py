@@ -1,4 +1,10 @@
-"""Timing calls that take turns, so that whatever else the machine does in the meantime slows them all."""
+"""How calls are timed: in their steady state, and in turns, so that whatever else the machine does slows them all.
+
+A turn is a lead of calls that don't count and a block of calls that is timed as a whole. The lead matters: threads that
+were asleep, cores that ran something else, and caches that others have filled since take a few milliseconds to come
+back. (A product of 120 µs took 370 µs in the first call after a pause of 5 ms, and 20 calls until it took 120 again.)
+A program that computes has that behind it, and it is not what the contenders differ in.
+"""
 
 import gc
 import itertools
@@ -10,11 +16,8 @@ import numpy as np
 
 Call = Callable[[], object]
 
-BLOCK_SECONDS, LONGEST_BLOCK = 1e-3, 50
-"""About how long one timed block of consecutive calls takes, and the most calls in it."""
-
-LONG_CALL_SECONDS = 0.02
-"""Calls so long need none before them that wakes their threads."""
+LONGEST_LEAD = 5
+"""A lead goes on until every copy was called once, but for at most so many times its seconds."""
 
 
 @dataclass(frozen=True)
@@ -25,45 +28,74 @@ class Times:
     p10: float
     p90: float
 
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Times":
+        return cls(*(float(np.percentile(seconds, percent)) for percent in (50, 10, 90)))
 
-def take_turns(rotations: Sequence[Sequence[Call]], repeats: int, warmup: int, pause: float) -> list[Times]:
-    """Time each of ``rotations``: calls that do the same on different copies of a weight, one after the other.
 
-    A turn is a pause of ``pause`` seconds, in which the idle threads of the one before stop spinning, a few calls that
-    wake its own and don't count, and a block of calls that is timed as a whole. A rotation goes on in its next turn
-    where it stopped. Every copy is called once first, then ``warmup`` turns that don't count, then ``repeats``.
-    """
-    for call in itertools.chain.from_iterable(rotations):
-        call()
-    lengths = [_lengths(calls) for calls in rotations]
-    cycles = [itertools.cycle(calls) for calls in rotations]
-    seconds: list[list[float]] = [[] for _ in rotations]
-    gc.collect()
-    gc.disable()
-    try:
-        for turn in range(warmup + repeats):
-            for (lead, length), cycle, found in zip(lengths, cycles, seconds, strict=True):
-                time.sleep(pause)
-                for call in itertools.islice(cycle, lead):
-                    call()
-                block = list(itertools.islice(cycle, length))
+class Rotation:
+    """Calls that do the same on different copies of a weight, one after the other: a turn goes on where the one before
+    has stopped. ``lead`` and ``block`` are seconds."""
+
+    def __init__(self, calls: Sequence[Call], lead: float, block: float) -> None:
+        self._cycle, self._copies = itertools.cycle(calls), len(calls)
+        self._lead, self._block = lead, block
+
+    def turn(self) -> float:
+        """Seconds a call of the block, which has one call at least; a lead has, too."""
+        gc.collect()
+        gc.disable()
+        try:
+            each = self._warm_up()
+            block = list(itertools.islice(self._cycle, max(1, round(self._block / each))))
+            started = time.perf_counter()
+            for call in block:
+                call()
+            return (time.perf_counter() - started) / len(block)
+        finally:
+            gc.enable()
+
+    def _warm_up(self) -> float:
+        """Call until threads, caches and clocks are in their steady state; seconds of the last call."""
+        started = last = time.perf_counter()
+        for count in itertools.count(1):
+            next(self._cycle)()
+            now = time.perf_counter()
+            each, last = now - last, now
+            missing = 0 if count >= self._copies else self._lead * LONGEST_LEAD
+            if now - started >= max(self._lead, missing):
+                return each
+        raise AssertionError("unreachable")
+
+
+class Passes:
+    """Calls that do different things, such as batches of different lengths: a turn goes through all of them, as often
+    as ``block`` seconds allow but once at least, after ``lead`` seconds of calls that don't count."""
+
+    def __init__(self, calls: Sequence[Call], lead: float, block: float) -> None:
+        self._calls, self._lead, self._block = calls, lead, block
+        self._each = 0.0
+
+    def turn(self) -> list[float]:
+        """Seconds of each call of the block."""
+        gc.collect()
+        gc.disable()
+        try:
+            # A call that is longer than the lead gains nothing from one before it.
+            if self._each < self._lead:
+                self._repeat(self._lead)
+            found = self._repeat(self._block)
+            self._each = sum(found) / len(found)
+            return found
+        finally:
+            gc.enable()
+
+    def _repeat(self, seconds: float) -> list[float]:
+        found: list[float] = []
+        began = time.perf_counter()
+        while not found or time.perf_counter() - began < seconds:
+            for call in self._calls:
                 started = time.perf_counter()
-                for call in block:
-                    call()
-                ended = time.perf_counter()
-                if turn >= warmup:
-                    found.append((ended - started) / length)
-    finally:
-        gc.enable()
-    return [Times(*(float(np.percentile(found, percent)) for percent in (50, 10, 90))) for found in seconds]
-
-
-def _lengths(calls: Sequence[Call]) -> tuple[int, int]:
-    """How many calls a turn makes before its block, and in it."""
-    few = calls[:5]
-    started = time.perf_counter()
-    for call in few:
-        call()
-    each = (time.perf_counter() - started) / len(few)
-    length = max(1, min(LONGEST_BLOCK, int(BLOCK_SECONDS / each)))
-    return 0 if each > LONG_CALL_SECONDS else -(-length // 4), length
+                call()
+                found.append(time.perf_counter() - started)
+        return found

@@ -26,7 +26,7 @@ def run(script: str, *words: object) -> "subprocess.CompletedProcess[str]":
 @pytest.mark.slow
 def test_linear_measures_prequant_and_its_peers(tmp_path: Path) -> None:
     layer = ("--shape", "64x128", "--tokens", 3, "--format", "affine4:row", "--threads", 1, "--peers", "torch")
-    quick = ("--repeats", 1, "--warmup", 0, "--pause-ms", 0, "--rotated-mib", 0)
+    quick = ("--repeats", 1, "--warmup", 0, "--lead-ms", 0, "--block-ms", 0, "--rotated-mib", 0)
     ceilings = ("--memory-mib", 1, "--product-size", 64)
     done = run("linear.py", *layer, *quick, *ceilings, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
