@@ -18,6 +18,8 @@ from .program import Program
 QUANTIZATION = ("input_scale", "input_zero_point")
 OPTIONS = ("columns", "input_format")
 """What fused linears have in common beside their input: operands, and options, which nodes give by name."""
+OPERANDS = ("input", *list(LISTED.values())[:8], *QUANTIZATION)
+"""What a node of ``packed_linear`` gives by position, where nothing is added to its result."""
 
 
 @dataclass(frozen=True)
@@ -101,3 +103,22 @@ def _fuse(graph: fx.Graph, group: list[fx.Node]) -> None:
         result.meta = dict(node.meta)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
+
+
+def separate_linears(program: Program) -> Program:
+    """A copy in which every linear is a node of its own again: the inverse of :class:`FuseParallelLinears`."""
+    program = program.copy()
+    for node in list(program.graph.find_nodes(op="call_function", target=ops.packed_linears)):
+        for use in uses_in(node):
+            if use.consumer is node:
+                continue  # nothing takes this result
+            args = tuple(use.operands[name] for name in OPERANDS)
+            options = {name: use.operands[name] for name in ("format", "activation", *OPTIONS)}
+            with program.graph.inserting_before(node):
+                linear = program.graph.create_node("call_function", ops.packed_linear, args, options)
+            linear.meta = dict(use.consumer.meta)
+            use.consumer.replace_all_uses_with(linear)
+            program.graph.erase_node(use.consumer)
+        program.graph.erase_node(node)
+    program.recompile()
+    return program

@@ -1,4 +1,4 @@
-"""lifted: a Program as a plain function of its inputs, its tensors looked up once."""
+"""lifted: a Program as a plain function of its inputs: by its plan, or else with its tensors looked up once."""
 
 from __future__ import annotations
 
@@ -29,5 +29,12 @@ def lifted(program: Program) -> Callable[..., tuple[Any, ...]]:
         last = [placeholder]
         node.replace_all_uses_with(placeholder)
         graph.erase_node(node)
-    forward = fx.GraphModule({}, graph, "Lifted").forward
-    return lambda *inputs: forward(*inputs, *tensors)
+    forward, runner = fx.GraphModule({}, graph, "Lifted").forward, program.runner
+
+    def call(*inputs: Tensor) -> tuple[Any, ...]:
+        if runner is not None and runner.runs(program, inputs):
+            return runner(program, inputs)
+        results: tuple[Any, ...] = forward(*inputs, *tensors)
+        return results
+
+    return call

@@ -18,15 +18,18 @@ from prequant.runtime import ops
 
 from .base import Pass, PassError
 from .canonicalize import Canonicalize
+from .compose_ops import ComposeOps
 from .devices import set_device
 from .fuse_epilogue import FuseEpilogue
+from .fuse_parallel_linears import FuseParallelLinears, separate_linears
 from .noops import bind_constants, remove_assertions, remove_dead_code, remove_noops
+from .packed import PACKED_OPS, uses_in
 from .pipeline import Pipeline
 from .program import Program, ProgramInfo, attribute_node
 from .properties import violation
 from .reports import Report
 from .sites import PARTS, WEIGHT_OPERAND
-from .weights import PACKED_OPS, weights
+from .weights import weights
 
 aten = torch.ops.aten
 
@@ -34,9 +37,11 @@ RESIDUAL = 11
 """Position of the operand that is added to a packed linear's result."""
 
 FUSIONS: Mapping[Pass, Callable[[fx.Node], bool]] = {
+    ComposeOps(): lambda node: node.target is aten.rms_norm.default or "gelu_tanh" in _activations(node),
     FuseEpilogue(): lambda node: node.target is ops.packed_linear and _has_epilogue(node),
+    FuseParallelLinears(): lambda node: node.target is ops.packed_linears,
 }
-"""Passes that join what surrounds linears, and how to know a node that they made. They are run again."""
+"""Passes that join what surrounds linears, and how to know a node that they made. They are run again, in this order."""
 
 
 def transplant(source: Program, target: Program) -> Program:
@@ -50,13 +55,17 @@ def transplant(source: Program, target: Program) -> Program:
     not in ``source``, one whose calls have different forms, quantized values that no linear reads, a tensor that is
     missing or has another shape or dtype.
     """
+    fusions = [fusion for fusion, made in FUSIONS.items() if any(map(made, source.graph.nodes))]
+    planned, source = source.planned, separate_linears(source)
     donors = _Donors(source)
     canonical = violation("canonical", source) is None
     program = Canonicalize()(target) if canonical else _cleaned(target)
     for node in list(program.graph.nodes):
         if node.target in WEIGHT_OPERAND:
             _Graft(program, donors).replace(node)
-    return Pipeline(donors.fusions)(_over(source, program))
+    program = Pipeline(fusions)(_over(source, program))
+    program.planned = planned
+    return program
 
 
 def _cleaned(target: Program) -> Program:
@@ -111,7 +120,6 @@ class _Donors:
 
     def __init__(self, source: Program) -> None:
         self.nodes: dict[tuple[str, str], fx.Node] = {}
-        self.fusions = [fusion for fusion, made in FUSIONS.items() if any(map(made, source.graph.nodes))]
         explained: set[fx.Node] = set()
         for view in weights(source):
             for node in view.consumers:
@@ -221,6 +229,13 @@ def _form(node: fx.Node) -> Any:
 
 def _without_epilogue(node: fx.Node) -> dict[str, Any]:
     return {name: value for name, value in node.kwargs.items() if name != "activation"}
+
+
+def _activations(node: fx.Node) -> set[str]:
+    """The activations that a node computes, by the names that packed linears have for them."""
+    if node.target is aten.gelu.default:
+        return {"gelu_tanh"} if node.kwargs.get("approximate") == "tanh" else {"gelu"}
+    return {str(use.operands["activation"]) for use in uses_in(node) if use.kind == "linear"}
 
 
 def _has_epilogue(node: fx.Node) -> bool:
