@@ -29,11 +29,12 @@ sizes.
 @dataclass(frozen=True)
 class Shapes:
     """``outputs``: the flat results as fake tensors; ``axes``: what each dynamic axis turned out to be, a symbol or
-    expression.
+    expression; ``guards``: what has to hold of these for the shapes to be right, as expressions.
     """
 
     outputs: tuple[Any, ...]
     axes: dict[str, Any]
+    guards: tuple[Any, ...] = ()
 
     def of_outputs(self) -> tuple[tuple[torch.dtype, tuple[int, ...]] | None, ...]:
         """Dtype and shape of every result at the example sizes; None for what is no tensor."""
@@ -61,7 +62,8 @@ def propagate_shapes(program: Program) -> Shapes:
         outputs = _Propagation(program, mode).run(*inputs)
     axes = {name: environment.simplify(symbol.node.expr) for name, symbol in symbols.items()}
     _check_axes(axes)
-    return Shapes(tuple(outputs) if isinstance(outputs, (list, tuple)) else (outputs,), axes)
+    guards = tuple(environment.simplify(guard.expr) for guard in environment.guards)
+    return Shapes(tuple(outputs) if isinstance(outputs, (list, tuple)) else (outputs,), axes, guards)
 
 
 class _Propagation(fx.Interpreter):

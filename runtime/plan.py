@@ -133,7 +133,7 @@ class Plan:
     names: tuple[str, ...]
     ids: dict[int, tuple[View, int]]
     kept: tuple[Any, ...] = ()
-    _idle: list[_Workspace] = field(default_factory=list, compare=False, repr=False)
+    _idle: list[_Workspace] = field(default_factory=list, init=False, compare=False, repr=False)
 
     def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
         """The flat results. Raises what PyTorch's calls do, ``IndexError`` for ids outside of an embedding, and
@@ -173,7 +173,7 @@ class _Workspace:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.sized: dict[tuple[int, ...], _Sized] = {}
+        self.sized: dict[tuple[int | bytes, ...], _Sized] = {}
         self.placements: dict[tuple[int, ...], tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]] = {}
         self.arena = native.aligned_bytes(0)
         self.scratch = native.aligned_bytes(0)
@@ -187,7 +187,7 @@ class _Workspace:
     def run(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
         plan, threads, isa = self.plan, torch.get_num_threads(), native.chosen_isa().encode()
         sizes = tuple(inputs[input].shape[axis] for input, axis in plan.axes)
-        key = (*sizes, threads)
+        key = (*sizes, threads, isa)
         sized = self.sized.get(key)
         if sized is None:
             sized = self._remember(key, self._size(sizes, threads, isa))
@@ -214,7 +214,7 @@ class _Workspace:
 
     # ---- sizes -------------------------------------------------------------------------------------------------------
 
-    def _remember(self, key: tuple[int, ...], sized: _Sized) -> _Sized:
+    def _remember(self, key: tuple[int | bytes, ...], sized: _Sized) -> _Sized:
         if len(self.sized) >= MOST_SIZES:
             del self.sized[next(iter(self.sized))]
         self.sized[key] = sized
@@ -281,7 +281,20 @@ class _Workspace:
         results = result if isinstance(result, (tuple, list)) else (result,)
         for buffer, value in zip(call.results, results, strict=True):
             if buffer != ABSENT:
-                self._hold(buffer, value.contiguous())
+                expected = self.plan.buffers[buffer]
+                if value.dtype != expected.dtype or value.nbytes != numbers[expected.bytes]:
+                    raise PrequantError(
+                        f"{call.name} gave {list(value.shape)} of {value.dtype} in a plan that expects "
+                        f"{numbers[expected.bytes]} bytes of {expected.dtype}"
+                    )
+                self._hold(buffer, self._lasting(value))
+
+    def _lasting(self, value: Tensor) -> Tensor:
+        """A result in order, in memory that later steps don't write to: what is a view of an own buffer is copied."""
+        start = self.arena.data_ptr()
+        if start <= value.data_ptr() < start + self.arena.numel():
+            return value.clone(memory_format=torch.contiguous_format)
+        return value.contiguous()
 
     def _resolve(self, value: Any, numbers: Numbers) -> Any:
         if isinstance(value, View):
@@ -305,4 +318,7 @@ class _Workspace:
             if held is None:
                 raise PrequantError(f"buffer {view.buffer} of a plan is read before it is written")
             base = held
+            # Itself, where it can be: a view made without gradients can't be written to with them.
+            if list(base.shape) == sizes and list(base.stride()) == strides and not offset:
+                return base
         return base.as_strided(sizes, strides, base.storage_offset() + offset)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +18,13 @@ from ..compose_ops import ComposeOps
 from ..functional import writes
 from ..fuse_epilogue import FuseEpilogue
 from ..program import Program
+from ..properties import operands_of
 from ..shapes import propagate_shapes
 from .builder import Builder, Call, LayerRequest, Step, Unit, sizes_of
 from .layout import Layout, Size, product, size_of
 from .numbers import NumberTable
 from .steps import take_step
-from .views import take_view
+from .views import COPIES, VIEWS, take_view
 
 aten = torch.ops.aten
 
@@ -55,21 +56,27 @@ def draft_plan(program: Program) -> Draft:
     program = _simplified(program)
     if writes(program.graph):
         raise NoPlan("the graph writes into tensors")
-    axes = propagate_shapes(program).axes
+    try:
+        shapes = propagate_shapes(program)
+    except PrequantError as error:
+        raise NoPlan(f"its shapes are not known: {error}") from error
     builder = Builder(program)
     inputs = [_take(builder, node) for node in program.graph.nodes]
     input_buffers = tuple(layout.buffer for layout in inputs if layout is not None)
     outputs, new = _outputs(builder)
     names = tuple(dict.fromkeys(str(node.target) for node in program.graph.find_nodes(op="get_attr")))
-    return _drafted(builder, input_buffers, outputs, new, _symbols(program, axes), names)
+    symbols = _symbols(program, shapes.axes)
+    holds = _conditions(builder.needed, shapes.guards, list(symbols))
+    return _drafted(builder, input_buffers, outputs, new, symbols, names, holds)
 
 
 def _simplified(program: Program) -> Program:
     """A copy without dropout, so that what stands around it can be fused."""
     program = program.copy()
-    for node in list(program.graph.nodes):
-        if node.target is aten.dropout.default and not node.args[2]:
-            node.replace_all_uses_with(node.args[0])
+    for node in program.graph.find_nodes(op="call_function", target=aten.dropout.default):
+        operands = operands_of(node)
+        if not operands["train"]:
+            node.replace_all_uses_with(operands["input"])
             program.graph.erase_node(node)
     for fusion in (ComposeOps(), FuseEpilogue()):
         fusion.run(program)
@@ -85,6 +92,8 @@ def _take(builder: Builder, node: fx.Node) -> Layout | None:
         builder.values[node] = layout = builder.buffer(value.dtype, sizes_of(value), own=False)
         return layout
     if node.op == "get_attr":
+        if not isinstance(value, Tensor):
+            raise NoPlan(f"the graph reads {node.target}, which is no tensor")
         builder.values[node] = builder.constant(str(node.target))
     elif node.op == "call_function":
         if isinstance(value, (bool, int, float)):
@@ -122,7 +131,9 @@ def _outputs(builder: Builder) -> tuple[tuple[Any, ...], dict[int, Layout]]:
     values = []
     for result in results if isinstance(results, (tuple, list)) else (results,):
         value = builder.value(result)
-        if isinstance(value, Layout) and builder.buffers[value.buffer].own:
+        if isinstance(value, Layout) and _is_copy(result) and (value.buffer in new or not _is_own(builder, value)):
+            value = builder.copied(value)
+        if isinstance(value, Layout) and _is_own(builder, value):
             whole = value.is_contiguous and product(value.sizes) == builder.buffers[value.buffer].elements
             if value.buffer not in new and not whole:
                 value = builder.copied(value)
@@ -135,6 +146,20 @@ def _outputs(builder: Builder) -> tuple[tuple[Any, ...], dict[int, Layout]]:
     return tuple(values), new
 
 
+def _is_own(builder: Builder, layout: Layout) -> bool:
+    return builder.buffers[layout.buffer].own
+
+
+def _is_copy(node: Any) -> bool:
+    """Whether the graph copies a result, so that the caller may write into it where a view would be of something else."""
+    while isinstance(node, fx.Node) and node.target in VIEWS:
+        operands = operands_of(node)
+        if node.target in COPIES or operands.get("copy"):
+            return True
+        node = operands["self" if "self" in operands else "input"]
+    return False
+
+
 def _symbols(program: Program, axes: dict[str, Any]) -> dict[sympy.Symbol, tuple[int, int]]:
     """Where the size of each dynamic axis is found: input and axis."""
     places: dict[sympy.Symbol, tuple[int, int]] = {}
@@ -143,6 +168,20 @@ def _symbols(program: Program, axes: dict[str, Any]) -> dict[sympy.Symbol, tuple
             if isinstance(size, str) and isinstance(axes[size], sympy.Symbol):
                 places.setdefault(axes[size], (number, axis))
     return places
+
+
+def _conditions(
+    needed: Sequence[Size], guards: Sequence[sympy.Basic], symbols: list[sympy.Symbol]
+) -> Callable[..., bool]:
+    """Whether a plan is for these sizes of the dynamic axes: outside of these, the graph's shapes are others."""
+    sizes, relations = NumberTable(), NumberTable()
+    for size in needed:
+        sizes(size_of(sympy.expand(size)))
+    for guard in guards:
+        if guard is not sympy.true:
+            relations(guard)
+    of_sizes, of_relations = _function(sizes, symbols), _function(relations, symbols)
+    return lambda *values: min(of_sizes(*values), default=0) >= 0 and all(of_relations(*values))
 
 
 # ---- the order of work -----------------------------------------------------------------------------------------------
@@ -177,7 +216,8 @@ def ordered(units: Sequence[Unit]) -> list[Unit]:
 @dataclass(frozen=True)
 class Draft:
     """A plan without what its weights decide. ``layers`` are those of its steps, by number; ``names`` are all tensors
-    that the plan reads, ``constants`` those that steps read as they are, by buffer.
+    that the plan reads, ``constants`` those that steps read as they are, by buffer. ``holds`` says for which sizes of
+    the dynamic axes the plan is.
     """
 
     plan: runtime_plan.Plan
@@ -185,6 +225,7 @@ class Draft:
     layers: dict[int, LayerRequest]
     constants: dict[int, str]
     names: tuple[str, ...]
+    holds: Callable[..., bool]
 
     def finish(self, program: Program) -> runtime_plan.Plan:
         """The plan with the weights that ``program`` has now, packed for the kernels."""
@@ -203,6 +244,7 @@ def _drafted(
     new: dict[int, Layout],
     symbols: dict[sympy.Symbol, tuple[int, int]],
     names: tuple[str, ...],
+    holds: Callable[..., bool],
 ) -> Draft:
     units = ordered(builder.units)
     table = NumberTable()
@@ -233,7 +275,7 @@ def _drafted(
     calls = tuple((unit.node.name, unit.work.reason) for unit in units if isinstance(unit.work, Call))
     layers = {row: step.layer for row, (_, step) in enumerate(steps) if step.layer is not None}
     used = {buffer: name for buffer, name in builder.constants.items() if _is_read(buffer, units, outputs)}
-    return Draft(plan, Coverage(tuple(dict.fromkeys(plan.names)), calls), layers, used, names)
+    return Draft(plan, Coverage(tuple(dict.fromkeys(plan.names)), calls), layers, used, names, holds)
 
 
 def _function(table: NumberTable, symbols: list[sympy.Symbol]) -> Any:
