@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.fx.passes.utils.matcher_utils import SubgraphMatcher
 
 from .base import Pass, Report
+from .noops import same_sizes
 from .program import Program
 
 aten = torch.ops.aten
@@ -31,7 +32,9 @@ class ComposeOps(Pass):
         """Compose every match, whose nodes in between nothing else reads."""
         report = self.report()
         for composition in COMPOSITIONS:
-            for result, operands in _matches(program.graph, composition):
+            composed: dict[fx.Node, fx.Node] = {}  # the result of one may be an operand of the next
+            for result, found in _matches(program.graph, composition):
+                operands = {name: composed.get(value, value) for name, value in found.items()}
                 call = composition.call(operands)
                 if call is None:
                     continue
@@ -40,6 +43,7 @@ class ComposeOps(Pass):
                     node = program.graph.create_node("call_function", target, args, kwargs)
                 node.meta = dict(result.meta)
                 result.replace_all_uses_with(node)
+                composed[result] = node
                 report.rewrite(node, f"one {target.name().removeprefix('aten::')}")
         program.graph.eliminate_dead_code()
         report.totals.update(composed=len(report.changes))
@@ -76,7 +80,8 @@ def _call_rms_norm(operands: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict
     value = weight.meta.get("val") if isinstance(weight, fx.Node) else None
     if not (isinstance(value, Tensor) and value.dim() == 1 and isinstance(epsilon, float)):
         return None
-    if value.dtype != operands["x"].meta["val"].dtype:
+    x = operands["x"].meta["val"]
+    if value.dtype != x.dtype or not x.dtype.is_floating_point or not same_sizes(value.shape, x.shape[-1:]):
         return None
     return aten.rms_norm.default, (operands["x"], [int(value.shape[0])], weight, epsilon), {}
 

@@ -32,8 +32,9 @@ def lifted(program: Program) -> Callable[..., tuple[Any, ...]]:
     forward, runner = fx.GraphModule({}, graph, "Lifted").forward, program.runner
 
     def call(*inputs: Tensor) -> tuple[Any, ...]:
-        if runner is not None and runner.runs(program, inputs):
-            return runner(program, inputs)
+        plan = runner.plan(program, inputs) if runner is not None else None
+        if plan is not None:
+            return plan(*inputs)
         results: tuple[Any, ...] = forward(*inputs, *tensors)
         return results
 

@@ -130,6 +130,8 @@ class Program(fx.GraphModule):
     def update_info(self, **changes: Any) -> None:
         """Replace fields of :attr:`info`."""
         self.meta["prequant"] = replace(self.info, **changes)
+        if "signature" in changes:
+            self.drop_plan()
 
     def names_of(self, tensor_name: str) -> tuple[str, ...]:
         """A tensor's own name and its aliases (tied weights)."""
@@ -140,9 +142,10 @@ class Program(fx.GraphModule):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call like the model: inputs by position or name; the result is nested like the model's."""
         inputs = self.bind(args, kwargs)
-        runner = self.runner
-        if runner is not None and runner.runs(self, inputs):
-            return self.nest_outputs(runner(self, inputs))
+        if not (self.training or torch.compiler.is_compiling()) and (runner := self.runner) is not None:
+            plan = runner.plan(self, inputs)
+            if plan is not None:
+                return self.nest_outputs(plan(*inputs))
         return self.nest_outputs(super().__call__(*inputs))
 
     @property
@@ -166,12 +169,16 @@ class Program(fx.GraphModule):
             self.__dict__[RUNNER] = runner = PlanRunner(self)
         return runner
 
+    def drop_plan(self) -> None:
+        """Make the plan anew when it is next asked for."""
+        self.__dict__.pop(RUNNER, None)
+
     def recompile(self) -> PythonCode:
         """Generate the code of the graph anew; the plan of another graph goes."""
         before = self.__dict__.get("_code")
         code = super().recompile()
         if self._code != before:
-            self.__dict__.pop(RUNNER, None)
+            self.drop_plan()
         return code
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -217,6 +224,7 @@ class Program(fx.GraphModule):
         Devices move along; dtypes are built into the graph, so trace the model in the dtype that it is to run in.
         """
         super()._apply(fn, recurse)
+        self.drop_plan()
         held = next(chain(self.parameters(), self.buffers()), None)
         if held is not None and set_device(self.graph, held.device):
             self.recompile()
@@ -262,6 +270,7 @@ class Program(fx.GraphModule):
     def delete_tensor(self, name: str) -> None:
         """Remove a tensor, and the modules that it leaves empty. Raises :class:`PrequantError` if there is none."""
         self.tensor(name)
+        self.drop_plan()
         trail: list[tuple[nn.Module, str]] = []
         module: nn.Module = self
         *path, leaf = name.split(".")

@@ -29,7 +29,7 @@ sizes.
 @dataclass(frozen=True)
 class Shapes:
     """``outputs``: the flat results as fake tensors; ``axes``: what each dynamic axis turned out to be, a symbol or
-    expression; ``guards``: what these shapes hold for, as conditions on the symbols.
+    expression; ``guards``: what has to hold of these for the shapes to be right, as expressions.
     """
 
     outputs: tuple[Any, ...]

@@ -116,8 +116,8 @@ class TorchCall:
 class Plan:
     """See the module's docstring.
 
-    ``numbers`` makes the table of numbers of the sizes of the dynamic axes, ``holds`` says whether the plan is for
-    these sizes; ``axes`` says where they are: input and axis. ``template`` holds the steps ``[steps, STEP_WORDS]``, in
+    ``numbers`` makes the table of numbers of the sizes of the dynamic axes; ``axes`` says where these are: input
+    and axis. ``template`` holds the steps ``[steps, STEP_WORDS]``, in
     which ``places`` (flat) are filled from the entries ``sources``. ``constants`` are tensors that lie in buffers.
     ``outputs`` are views, or what does not depend on a call. ``new`` are buffers that the caller gets: made anew by
     each call. ``names`` are those of the steps' nodes, ``ids`` what embeddings look up, by step, and in how many rows.
@@ -125,7 +125,6 @@ class Plan:
     """
 
     numbers: Callable[..., Numbers]
-    holds: Callable[..., bool]
     axes: tuple[tuple[int, int], ...]
     template: Words
     places: npt.NDArray[np.int64]
@@ -139,14 +138,10 @@ class Plan:
     names: tuple[str, ...]
     ids: dict[int, tuple[View, int]]
     kept: tuple[Any, ...] = ()
-    _idle: list[_Workspace] = field(default_factory=list, compare=False, repr=False)
-
-    def takes(self, *inputs: Tensor) -> bool:
-        """Whether the plan is for inputs of these sizes."""
-        return bool(self.holds(*(inputs[input].shape[axis] for input, axis in self.axes)))
+    _idle: list[_Workspace] = field(default_factory=list, init=False, compare=False, repr=False)
 
     def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
-        """The flat results, for inputs that it :meth:`takes`.
+        """The flat results.
 
         Raises what PyTorch's calls do, ``IndexError`` for ids outside of an embedding, and
         :class:`~prequant.runtime.native.NativeLibraryError` for steps that the library refuses.
@@ -202,7 +197,7 @@ class _Workspace:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.sized: dict[tuple[int, ...], _Sized] = {}
+        self.sized: dict[tuple[object, ...], _Sized] = {}
         self.placements: dict[tuple[int, ...], tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]] = {}
         self.arena = native.aligned_bytes(0)
         self.scratch = native.aligned_bytes(0)
@@ -216,7 +211,7 @@ class _Workspace:
     def run(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
         plan, threads, isa = self.plan, torch.get_num_threads(), native.chosen_isa().encode()
         sizes = tuple(inputs[input].shape[axis] for input, axis in plan.axes)
-        key = (*sizes, threads)
+        key = (*sizes, threads, isa)
         sized = self.sized.get(key)
         if sized is None:
             sized = self._remember(key, self._size(sizes, threads, isa))
@@ -244,7 +239,7 @@ class _Workspace:
 
     # ---- sizes -------------------------------------------------------------------------------------------------------
 
-    def _remember(self, key: tuple[int, ...], sized: _Sized) -> _Sized:
+    def _remember(self, key: tuple[object, ...], sized: _Sized) -> _Sized:
         if len(self.sized) >= MOST_SIZES:
             del self.sized[next(iter(self.sized))]
         self.sized[key] = sized
@@ -317,9 +312,23 @@ class _Workspace:
         results = result if isinstance(result, (tuple, list)) else (result,)
         for buffer, value in zip(call.results, results, strict=True):
             if buffer != ABSENT:
-                self._hold(buffer, value.contiguous())
+                expected = self.plan.buffers[buffer]
+                bytes_ = sized.numbers[expected.bytes]
+                if value.dtype != expected.dtype or value.nbytes != bytes_:
+                    raise PrequantError(
+                        f"{call.name} gave {list(value.shape)} of {value.dtype} in a plan that expects "
+                        f"{bytes_} bytes of {expected.dtype}"
+                    )
+                self._hold(buffer, self._lasting(value))
                 if call.fixed:
                     sized.fixed[buffer] = self.tensors[buffer]
+
+    def _lasting(self, value: Tensor) -> Tensor:
+        """A result in order, in memory that later steps don't write to: what is a view of an own buffer is copied."""
+        start = self.arena.data_ptr()
+        if start <= value.data_ptr() < start + self.arena.numel():
+            return value.clone(memory_format=torch.contiguous_format)
+        return value.contiguous()
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, _Place):
@@ -336,7 +345,8 @@ class _Workspace:
             held = self.tensors.get(place.buffer, self.plan.constants.get(place.buffer))
             if held is None:
                 raise PrequantError(f"buffer {place.buffer} of a plan is read before it is written")
-            if place.whole and held.shape == place.sizes:
+            # Itself, where it can be: a view made without gradients can't be written to with them.
+            if place.whole and held.shape == place.sizes and held.is_contiguous():
                 return held
             base = held
         return base.as_strided(place.sizes, place.strides, base.storage_offset() + place.offset)

@@ -95,6 +95,8 @@ class Builder:
     values: dict[fx.Node, Any] = field(default_factory=dict)
     constants: dict[int, str] = field(default_factory=dict)
     """Names of the program's tensors, by the buffers that they are."""
+    needed: list[Size] = field(default_factory=list)
+    """What may not be negative, or views would lie outside of their tensors: PyTorch cuts slices off there."""
     node: fx.Node | None = None
     """The one that is being taken."""
 
@@ -163,6 +165,10 @@ class Builder:
         if width not in (1, 2, 4, 8):
             raise ValueError(f"elements of {width} bytes")
         self.step(Step(runtime_plan.COPY, (source, out), (*sizes, width)), [out])
+
+    def need(self, *sizes: Size) -> None:
+        """The plan is for calls only where none of these is negative."""
+        self.needed += [size for size in sizes if not (isinstance(size, int) and size >= 0)]
 
     def contiguous(self, layout: Layout) -> Layout:
         """The layout, or a copy where elements don't follow each other in order."""

@@ -18,13 +18,14 @@ from ..compose_ops import ComposeOps
 from ..functional import writes
 from ..fuse_epilogue import FuseEpilogue
 from ..fuse_parallel_linears import FuseParallelLinears
+from ..packed import operands_of
 from ..program import Program
 from ..shapes import propagate_shapes
 from .builder import Builder, Call, LayerRequest, Step, Unit, sizes_of
 from .layout import Layout, Size, product, size_of
-from .numbers import FUNCTIONS, NumberTable
+from .numbers import NumberTable
 from .steps import take_step
-from .views import take_view
+from .views import COPIES, VIEWS, take_view
 
 aten = torch.ops.aten
 
@@ -56,22 +57,27 @@ def draft_plan(program: Program) -> Draft:
     program = _simplified(program)
     if writes(program.graph):
         raise NoPlan("the graph writes into tensors")
-    shapes = propagate_shapes(program)
+    try:
+        shapes = propagate_shapes(program)
+    except PrequantError as error:
+        raise NoPlan(f"its shapes are not known: {error}") from error
     builder = Builder(program)
     inputs = [_take(builder, node) for node in program.graph.nodes]
     input_buffers = tuple(layout.buffer for layout in inputs if layout is not None)
     outputs, new = _outputs(builder)
     names = tuple(dict.fromkeys(str(node.target) for node in program.graph.find_nodes(op="get_attr")))
     symbols = _symbols(program, shapes.axes)
-    return _drafted(builder, input_buffers, outputs, new, symbols, condition(shapes.guards, symbols), names)
+    holds = _conditions(builder.needed, shapes.guards, list(symbols))
+    return _drafted(builder, input_buffers, outputs, new, symbols, names, holds)
 
 
 def _simplified(program: Program) -> Program:
     """A copy without dropout, so that what stands around it can be fused."""
     program = program.copy()
-    for node in list(program.graph.nodes):
-        if node.target is aten.dropout.default and not node.args[2]:
-            node.replace_all_uses_with(node.args[0])
+    for node in program.graph.find_nodes(op="call_function", target=aten.dropout.default):
+        operands = operands_of(node)
+        if not operands["train"]:
+            node.replace_all_uses_with(operands["input"])
             program.graph.erase_node(node)
     for fusion in (ComposeOps(), FuseEpilogue(), FuseParallelLinears()):
         fusion.run(program)
@@ -87,6 +93,8 @@ def _take(builder: Builder, node: fx.Node) -> Layout | None:
         builder.values[node] = layout = builder.buffer(value.dtype, sizes_of(value), own=False)
         return layout
     if node.op == "get_attr":
+        if not isinstance(value, Tensor):
+            raise NoPlan(f"the graph reads {node.target}, which is no tensor")
         builder.values[node] = builder.constant(str(node.target))
     elif node.op == "call_function":
         if isinstance(value, (bool, int, float)):
@@ -124,7 +132,9 @@ def _outputs(builder: Builder) -> tuple[tuple[Any, ...], dict[int, Layout]]:
     values = []
     for result in results if isinstance(results, (tuple, list)) else (results,):
         value = builder.value(result)
-        if isinstance(value, Layout) and builder.buffers[value.buffer].own:
+        if isinstance(value, Layout) and _is_copy(result) and (value.buffer in new or not _is_own(builder, value)):
+            value = builder.copied(value)
+        if isinstance(value, Layout) and _is_own(builder, value):
             whole = value.is_contiguous and product(value.sizes) == builder.buffers[value.buffer].elements
             if value.buffer not in new and not whole:
                 value = builder.copied(value)
@@ -137,6 +147,20 @@ def _outputs(builder: Builder) -> tuple[tuple[Any, ...], dict[int, Layout]]:
     return tuple(values), new
 
 
+def _is_own(builder: Builder, layout: Layout) -> bool:
+    return builder.buffers[layout.buffer].own
+
+
+def _is_copy(node: Any) -> bool:
+    """Whether the graph copies a result: the caller may write into it, where a view would be of something else."""
+    while isinstance(node, fx.Node) and node.target in VIEWS:
+        operands = operands_of(node)
+        if node.target in COPIES or operands.get("copy"):
+            return True
+        node = operands["self" if "self" in operands else "input"]
+    return False
+
+
 def _symbols(program: Program, axes: dict[str, Any]) -> dict[sympy.Symbol, tuple[int, int]]:
     """Where the size of each dynamic axis is found: input and axis."""
     places: dict[sympy.Symbol, tuple[int, int]] = {}
@@ -145,6 +169,20 @@ def _symbols(program: Program, axes: dict[str, Any]) -> dict[sympy.Symbol, tuple
             if isinstance(size, str) and isinstance(axes[size], sympy.Symbol):
                 places.setdefault(axes[size], (number, axis))
     return places
+
+
+def _conditions(
+    needed: Sequence[Size], guards: Sequence[sympy.Basic], symbols: list[sympy.Symbol]
+) -> Callable[..., bool]:
+    """Whether a plan is for these sizes of the dynamic axes: outside of these, the graph's shapes are others."""
+    sizes, relations = NumberTable(), NumberTable()
+    for size in needed:
+        sizes(size_of(sympy.expand(size)))
+    for guard in guards:
+        if guard is not sympy.true:
+            relations(guard)
+    of_sizes, of_relations = _function(sizes, symbols), _function(relations, symbols)
+    return lambda *values: min(of_sizes(*values), default=0) >= 0 and all(of_relations(*values))
 
 
 # ---- the order of work -----------------------------------------------------------------------------------------------
@@ -179,7 +217,8 @@ def ordered(units: Sequence[Unit]) -> list[Unit]:
 @dataclass(frozen=True)
 class Draft:
     """A plan without what its weights decide. ``layers`` are those of its steps, by number; ``names`` are all tensors
-    that the plan reads, ``constants`` those that steps read as they are, by buffer.
+    that the plan reads, ``constants`` those that steps read as they are, by buffer. ``holds`` says for which sizes of
+    the dynamic axes the plan is.
     """
 
     plan: runtime_plan.Plan
@@ -187,6 +226,7 @@ class Draft:
     layers: dict[int, tuple[LayerRequest, ...]]
     constants: dict[int, str]
     names: tuple[str, ...]
+    holds: Callable[..., bool]
 
     def finish(self, program: Program) -> runtime_plan.Plan:
         """The plan with the weights that ``program`` has now, packed for the kernels."""
@@ -207,8 +247,8 @@ def _drafted(
     outputs: tuple[Any, ...],
     new: dict[int, Layout],
     symbols: dict[sympy.Symbol, tuple[int, int]],
-    holds: Callable[..., bool],
     names: tuple[str, ...],
+    holds: Callable[..., bool],
 ) -> Draft:
     units = ordered(builder.units)
     table = NumberTable()
@@ -235,12 +275,11 @@ def _drafted(
             row: (_view(step.ids[0], table), step.ids[1]) for row, (_, step) in enumerate(steps) if step.ids is not None
         },
         numbers=_function(table, list(symbols)),
-        holds=holds,
     )
     calls = tuple((unit.node.name, unit.work.reason) for unit in units if isinstance(unit.work, Call))
     layers = {row: step.layers for row, (_, step) in enumerate(steps) if step.layers}
     used = {buffer: name for buffer, name in builder.constants.items() if _is_read(buffer, units, outputs)}
-    return Draft(plan, Coverage(tuple(dict.fromkeys(plan.names)), calls), layers, used, names)
+    return Draft(plan, Coverage(tuple(dict.fromkeys(plan.names)), calls), layers, used, names, holds)
 
 
 def _function(table: NumberTable, symbols: list[sympy.Symbol]) -> Any:
@@ -248,15 +287,6 @@ def _function(table: NumberTable, symbols: list[sympy.Symbol]) -> Any:
         return table.function(symbols)
     except ValueError as error:
         raise NoPlan(str(error)) from error
-
-
-def condition(guards: Iterable[Any], symbols: Iterable[sympy.Symbol]) -> Callable[..., bool]:
-    """Whether sizes are such that shapes with these guards hold. Raises :class:`NoPlan` for other symbols in them."""
-    all_of = sympy.And(*guards)
-    if unknown := all_of.free_symbols - set(symbols):
-        raise NoPlan(f"shapes hang on {', '.join(sorted(map(str, unknown)))}, which no input's shape says")
-    made: Callable[..., bool] = sympy.lambdify(list(symbols), all_of, modules=[FUNCTIONS])
-    return made
 
 
 def _is_read(buffer: int, units: Sequence[Unit], outputs: tuple[Any, ...]) -> bool:

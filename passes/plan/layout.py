@@ -102,6 +102,7 @@ class Layout:
 
     def expanded(self, sizes: Sequence[Size]) -> Layout:
         """Broadcast to ``sizes``: new axes, and those of one element that become larger, stay in place."""
+        # What is not 1 is what is wanted, even where that can't be told of the expressions.
         new = len(sizes) - len(self.sizes)
         mine = (1,) * new + self.sizes
         strides = (0,) * new + self.strides
@@ -109,13 +110,14 @@ class Layout:
             self,
             sizes=tuple(sizes),
             strides=tuple(
-                stride if equal(size, wanted) else 0 for size, stride, wanted in zip(mine, strides, sizes, strict=True)
+                0 if equal(size, 1) and not equal(wanted, 1) else stride
+                for size, stride, wanted in zip(mine, strides, sizes, strict=True)
             ),
         )
 
     def viewed(self, sizes: Sequence[Size]) -> Layout | None:
         """The same elements in order under other sizes; None where that needs a copy, or can't be told without one."""
-        if self.is_contiguous:
+        if self.is_contiguous or equal(self.elements, 0):
             return replace(self, sizes=tuple(sizes), strides=contiguous_strides(sizes))
         runs = self._runs()
         strides: list[Size] = []

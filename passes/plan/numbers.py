@@ -20,6 +20,17 @@ FUNCTIONS = {
 """What torch's expressions of sizes call, beside sums, products and powers."""
 
 
+KNOWN = (
+    sympy.Integer,
+    sympy.Symbol,
+    sympy.Add,
+    sympy.Mul,
+    sympy.core.relational.Relational,
+    sympy.logic.boolalg.Boolean,
+)
+"""What Python computes alike; sums and products of integers are integers."""
+
+
 class NumberTable:
     """Entries for sizes; equal expressions share one."""
 
@@ -29,11 +40,6 @@ class NumberTable:
     def __call__(self, size: Size) -> int:
         """The entry of a size."""
         return self._entries.setdefault(size, len(self._entries))
-
-    def constant(self, entry: int) -> int | None:
-        """The value of an entry that no axis decides."""
-        size = list(self._entries)[entry]
-        return size if isinstance(size, int) else None
 
     def function(self, symbols: Sequence[sympy.Symbol]) -> Callable[..., Sequence[int]]:
         """All entries, from the values of ``symbols``.
@@ -45,8 +51,13 @@ class NumberTable:
             if unknown := expression.free_symbols - set(symbols):
                 raise ValueError(f"the size {expression} hangs on {', '.join(sorted(map(str, unknown)))}")
             for part in sympy.preorder_traversal(expression):
-                known = isinstance(part, (sympy.Integer, sympy.Symbol, sympy.Add, sympy.Mul, sympy.Pow))
+                known = isinstance(part, KNOWN) or _is_power(part)
                 if not known and type(part).__name__ not in FUNCTIONS:
                     raise ValueError(f"the size {expression} takes {type(part).__name__}")
         made: Callable[..., Sequence[int]] = sympy.lambdify(list(symbols), expressions, modules=[FUNCTIONS], cse=True)
         return made
+
+
+def _is_power(part: sympy.Basic) -> bool:
+    """Whether it is a product with itself: another power may be no integer."""
+    return isinstance(part, sympy.Pow) and bool(part.exp.is_Integer and part.exp.is_nonnegative)

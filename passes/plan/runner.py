@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.nn.modules import module as torch_modules
 
-from prequant.runtime import PrequantError, native
+from prequant.runtime import native
+from prequant.runtime import plan as runtime_plan
 
-from ..program import Program
+from ..program import Input, Program
 from .compile import Coverage, Draft, NoPlan, draft_plan
 
 _version = operator.attrgetter("_version")
@@ -21,21 +25,28 @@ _version = operator.attrgetter("_version")
 class PlanRunner:
     """The plan of one Program, made when it is first asked for, and again when a tensor of the Program has changed.
 
-    It belongs to the graph that the Program has now: the Program drops it with every new one. Copies begin without.
+    It belongs to the graph that the Program has now, and to the types and shapes of its tensors: the Program drops it
+    with every new graph. Copies begin without.
     """
 
     def __init__(self, program: Program) -> None:
         self._draft: Draft | None = None
         self._obstacle = ""
-        self._plan: Any = None
+        self._made: tuple[Any, runtime_plan.Plan] | None = None  # with the state of the tensors that it is made of
+        self._kept: list[Tensor] = []
+        self._holds: dict[tuple[int, ...], bool] = {}
         self._lock = threading.Lock()
         try:
-            self._draft = draft_plan(program)
-        except PrequantError as error:
+            draft = draft_plan(program)
+        except NoPlan as error:
             self._obstacle = str(error)
-        names = [] if self._draft is None else self._draft.names
-        self._holders = [_holder(program, name) for name in names]
-        self._known: Any = None
+            return
+        self._holders = [_holder(program, name) for name in draft.names]
+        self._kinds = [_kind(holder[leaf]) for holder, leaf in self._holders]
+        if odd := [name for name, kind in zip(draft.names, self._kinds, strict=True) if kind[:3] not in PLAIN]:
+            self._obstacle = f"{odd[0]} is no plain tensor of the CPU"
+            return
+        self._draft = draft
 
     @property
     def obstacle(self) -> str:
@@ -49,45 +60,53 @@ class PlanRunner:
             raise NoPlan(self._obstacle)
         return self._draft.coverage
 
-    def runs(self, program: Program, inputs: Sequence[Tensor]) -> bool:
-        """Whether a call goes by the plan: in eval mode, on plain tensors of the CPU whose types and sizes it is
-        for, where nothing records gradients or looks at what is computed (hooks, modes, autocast, compilers).
+    def plan(self, program: Program, inputs: Sequence[Tensor]) -> runtime_plan.Plan | None:
+        """The plan for a call, with the weights as they are now; None for a call that the graph has to run.
+
+        A plan is for calls in eval mode, on plain tensors of the CPU, where nothing records gradients or looks at what
+        is computed (hooks, modes, autocast, compilers), at sizes that the graph's shapes hold for.
         """
-        if self._draft is None or program.training or not all(map(_is_plain, inputs)):
-            return False
-        if any(t.dtype is not item.dtype for t, item in zip(inputs, program.signature.inputs, strict=True)):
-            return False
-        if not self._draft.plan.takes(*inputs):
-            return False
-        if torch.is_grad_enabled() and any(p.requires_grad for p in program.parameters()):
-            return False
-        return not (_watched() or program._forward_hooks or program._forward_pre_hooks) and (
-            native.chosen_isa() != native.REFERENCE
-        )
-
-    def __call__(self, program: Program, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
-        """The flat results. Raises what :class:`prequant.runtime.plan.Plan` does."""
-        state = self._state()
-        if state != self._known:
+        draft = self._draft
+        if draft is None or not all(map(_is_plain, inputs, program.signature.inputs)):
+            return None
+        if _watched() or _hooked(program) or native.chosen_isa() == native.REFERENCE:
+            return None
+        if not self._takes(draft, tuple(inputs[number].shape[axis] for number, axis in draft.plan.axes)):
+            return None
+        tensors = self._tensors()
+        if tensors is None:
+            return self._renewed(program, inputs)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return None
+        state, made = _state(tensors), self._made
+        if made is None or made[0] != state:
             with self._lock:
-                state = self._state()
-                if state != self._known:
-                    assert self._draft is not None
-                    # The addresses of the tensors that it was made of are known for as long as these live.
-                    self._kept = [holder[leaf] for holder, leaf in self._holders]
-                    self._plan = self._draft.finish(program)
-                    self._known = state
-        results: tuple[Any, ...] = self._plan(*inputs)
-        return results
+                if list(map(_kind, tensors)) != self._kinds:
+                    return self._renewed(program, inputs)
+                # The addresses of the tensors that it was made of are known for as long as these live.
+                self._kept = tensors
+                self._made = made = state, draft.finish(program)
+        return made[1]
 
-    def _state(self) -> tuple[Any, ...]:
-        """What changes when a tensor is replaced or written to."""
-        tensors = [holder[leaf] for holder, leaf in self._holders]
+    def _takes(self, draft: Draft, sizes: tuple[int, ...]) -> bool:
+        holds = self._holds.get(sizes)
+        if holds is None:
+            if len(self._holds) >= runtime_plan.MOST_SIZES:
+                self._holds.clear()
+            self._holds[sizes] = holds = draft.holds(*sizes)
+        return holds
+
+    def _tensors(self) -> list[Tensor] | None:
+        """Those that the plan reads; None where a parameter has become a buffer, or one is gone."""
         try:
-            versions = tuple(map(_version, tensors))
-        except RuntimeError:  # those made in inference mode don't count their versions
-            versions = tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
-        return tuple(map(id, tensors)), versions, tuple(map(Tensor.data_ptr, tensors))
+            return [holder[leaf] for holder, leaf in self._holders]
+        except KeyError:
+            return None
+
+    def _renewed(self, program: Program, inputs: Sequence[Tensor]) -> runtime_plan.Plan | None:
+        program.drop_plan()
+        runner = program.runner
+        return runner.plan(program, inputs) if runner is not None else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
@@ -96,22 +115,54 @@ class PlanRunner:
         return type(None), ()
 
 
+PLAIN = [(kind, "cpu", torch.strided) for kind in (Tensor, Parameter)]
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    """What a plan is made for; values may change."""
+    return type(tensor), tensor.device.type, tensor.layout, tensor.dtype, tensor.shape
+
+
+def _state(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+    """What changes when a tensor is replaced or written to."""
+    try:
+        versions = tuple(map(_version, tensors))
+    except RuntimeError:  # those made in inference mode don't count their versions
+        versions = tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+    return tuple(map(id, tensors)), versions, tuple(map(Tensor.data_ptr, tensors))
+
+
 def _holder(program: Program, name: str) -> tuple[dict[str, Any], str]:
     path, _, leaf = name.rpartition(".")
     module = program.get_submodule(path)
     return (module._parameters if leaf in module._parameters else module._buffers), leaf
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) is Tensor and tensor.device.type == "cpu" and not tensor.requires_grad
+def _is_plain(tensor: Tensor, expected: Input) -> bool:
+    return (
+        type(tensor) is Tensor
+        and tensor.dtype is expected.dtype
+        and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and not (tensor.requires_grad or tensor.is_neg())
+    )
+
+
+def _hooked(program: Program) -> bool:
+    return bool(
+        program._forward_hooks
+        or program._forward_pre_hooks
+        or torch_modules._has_any_global_hook()
+        or "forward" in program.__dict__
+    )
 
 
 def _watched() -> bool:
     return bool(
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
+        torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack()
         or torch.is_autocast_enabled("cpu")
         or torch._C._get_tracing_state()
+        or forward_ad._current_level >= 0
     )

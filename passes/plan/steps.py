@@ -203,6 +203,8 @@ def _attention(builder: Builder, node: fx.Node, operands: dict[str, Any]) -> Lay
     keys, key_heads, value_depth = key.sizes[2], key.sizes[1], value.sizes[3]
     if not (equal(key.sizes[0], batch) and isinstance(heads, int) and isinstance(key_heads, int)):
         return "its keys have another batch, or a number of heads that is dynamic"
+    if heads % key_heads or not all(map(equal, key.sizes[:3], value.sizes[:3])):
+        return "its keys, values and queries have different heads"
     scale = operands.get("scale")
     if scale is None:
         if not isinstance(depth, int):

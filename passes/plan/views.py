@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,10 +56,16 @@ def _unsqueeze(builder: Builder, node: fx.Node, operands: dict[str, Any], layout
 
 
 def _squeeze(builder: Builder, node: fx.Node, operands: dict[str, Any], layout: Layout) -> Layout:
-    dims = operands["dim"] if isinstance(operands["dim"], (list, tuple)) else [operands["dim"]]
+    dims = operands.get("dim", range(len(layout.sizes)))
+    dims = dims if isinstance(dims, Sequence) else [dims]
+    if not layout.sizes:
+        return layout
     for axis in sorted({axis % len(layout.sizes) for axis in dims}, reverse=True):
-        if equal(layout.sizes[axis], 1):
+        size = layout.sizes[axis]
+        if equal(size, 1):
             layout = layout.without(axis)
+        else:
+            builder.need(size - 2)  # a dynamic axis goes where its size is 1
     return layout
 
 
@@ -72,7 +78,9 @@ def _select(builder: Builder, node: fx.Node, operands: dict[str, Any], layout: L
     axis = operands["dim"] % len(layout.sizes)
     if not isinstance(index, int):
         return None
-    return layout.selected(axis, index if index >= 0 else layout.sizes[axis] + index)
+    index = index if index >= 0 else layout.sizes[axis] + index
+    builder.need(index, layout.sizes[axis] - 1 - index)
+    return layout.selected(axis, index)
 
 
 def _slice(builder: Builder, node: fx.Node, operands: dict[str, Any], layout: Layout) -> Layout | None:
@@ -84,7 +92,9 @@ def _slice(builder: Builder, node: fx.Node, operands: dict[str, Any], layout: La
     start = start if start >= 0 else size + start
     if isinstance(start, int) and isinstance(size, int):
         start = min(max(start, 0), size)
-    return layout.sliced(axis, start, sizes_of(node.meta["val"])[axis], operands.get("step", 1))
+    taken, step = sizes_of(node.meta["val"])[axis], operands.get("step", 1)
+    builder.need(start, taken, size - start - (taken - 1) * step - 1)
+    return layout.sliced(axis, start, taken, step)
 
 
 def _split(builder: Builder, node: fx.Node, operands: dict[str, Any], layout: Layout) -> list[Layout]:
@@ -92,6 +102,7 @@ def _split(builder: Builder, node: fx.Node, operands: dict[str, Any], layout: La
     parts, start = [], size_of(0)
     for part in node.meta["val"]:
         size = sizes_of(part)[axis]
+        builder.need(size)
         parts.append(layout.sliced(axis, start, size))
         start = start + size
     return parts
@@ -115,6 +126,7 @@ VIEWS: dict[Any, Handler] = {
     aten.t.default: _matrix_transpose,
     aten.permute.default: _permute,
     aten.unsqueeze.default: _unsqueeze,
+    aten.squeeze.default: _squeeze,
     aten.squeeze.dim: _squeeze,
     aten.squeeze.dims: _squeeze,
     aten.expand.default: _expand,
@@ -124,6 +136,10 @@ VIEWS: dict[Any, Handler] = {
     aten.split_with_sizes.default: _split,
     aten.chunk.default: _split,
 }
+
+
+COPIES = (aten.clone.default, aten.lift_fresh_copy.default)
+"""Of these, the ops whose result never shares memory with their operand in PyTorch."""
 
 
 def take_view(builder: Builder, node: fx.Node) -> bool:

@@ -65,9 +65,15 @@ inline void normalize_row(const float *row, const float *weight, const float *bi
                           float *out, int64_t columns) {
     const float count = static_cast<float>(columns);
     const float mean = centered ? sum_over(row, columns, [](Floats x) { return x; }) / count : 0.0f;
-    const float squares = sum_over(row, columns, [mean](Floats x) { return (x - mean) * (x - mean); });
+    float rest = 0.0f;  // what rounding left of the mean
+    float squares = sum_over(row, columns, [mean](Floats x) { return (x - mean) * (x - mean); });
+    if (centered && mean * mean * count > squares) {
+        // Numbers far from 0: it is not small beside their distances from the mean.
+        rest = sum_over(row, columns, [mean](Floats x) { return x - mean; }) / count;
+        squares = sum_over(row, columns, [mean, rest](Floats x) { return (x - mean - rest) * (x - mean - rest); });
+    }
     const float factor = 1.0f / std::sqrt(squares / count + epsilon);
-    const auto one = [&](Floats x, Floats w, Floats b) { return (x - mean) * factor * w + b; };
+    const auto one = [&](Floats x, Floats w, Floats b) { return (x - mean - rest) * factor * w + b; };
     int64_t k = 0;
     for (; k + kLanes <= columns; k += kLanes) {
         store(out + k, one(load(row + k), weight ? load(weight + k) : all_of(1.0f), bias ? load(bias + k) : Floats{}));
@@ -101,7 +107,7 @@ inline Floats hyperbolic_tangent(Floats x) {
 // 1 / (1 + e^-x), by the exponential of what is not positive.
 inline Floats logistic(Floats x) {
     const Floats size = magnitude(x);
-    const Floats e = exponential(size < 80.0f ? -size : all_of(-80.0f));
+    const Floats e = size < 87.0f ? exponential(-size) : Floats{};
     const Floats value = (x < 0.0f ? e : all_of(1.0f)) / (1.0f + e);
     return x != x ? x : value;
 }

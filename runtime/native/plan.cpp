@@ -48,7 +48,8 @@ struct Run {
                 // What one member does after another thing that it did needs no meeting.
                 if (i + phase > 0 && (together || parts > 1)) barrier.wait(members);
                 together = parts > 1;
-                if (member >= parts) continue;
+                // After a failure nothing computes, so that what failed is still there to be looked at.
+                if (member >= parts || status.load(std::memory_order_relaxed)) continue;
                 if (const int32_t found = step.run(phase, member, parts)) report(i, found);
             }
         }
@@ -82,7 +83,8 @@ PREQUANT_API int32_t prequant_run_plan(const prequant_step *steps, int64_t count
     if (most.shared + threads * most.own > scratch_bytes) return PREQUANT_BAD_CALL;
 
     auto *base = static_cast<char *>(scratch);
-    Run run{steps, count, {addresses, base, most.shared, base + most.shared, most.own, threads, kernels, &float_kernels_for(isa)}};
+    const FloatKernels *floats = &float_kernels_for(isa);
+    Run run{steps, count, {addresses, base, most.shared, base + most.shared, most.own, threads, kernels, floats}};
     with_team(threads, [&run](int32_t member, int32_t members) { run.steps_of(member, members); });
     if (run.status.load() && failed) *failed = run.failed;
     return run.status.load();

@@ -148,17 +148,53 @@ Attention attention_of(const prequant_step &step, const PlanCall *call) {
     return a;
 }
 
+// ---- all ------------------------------------------------------------------------------------------------------------
+
+bool all_present(const prequant_step &step, int first, int last) {
+    for (int i = first; i < last; ++i) {
+        if (!present(step.operands[i])) return false;
+    }
+    return true;
+}
+
+bool makes_sense(const prequant_step &step) {
+    for (const int64_t size : step.sizes) {
+        if (size < 0) return false;
+    }
+    const int64_t width = step.sizes[4], key_heads = step.sizes[6];
+    switch (step.kind) {
+        case PREQUANT_STEP_LINEAR: {
+            if (!step.layer) return false;
+            const int64_t count = linears_of(step).count;
+            return count >= 1 && count <= PREQUANT_MOST_LINEARS && present(step.operands[0]) &&
+                   all_present(step, 2, 2 + static_cast<int>(count));
+        }
+        case PREQUANT_STEP_EMBEDDING: return step.layer && all_present(step, 0, 2);
+        case PREQUANT_STEP_NORMALIZE: return all_present(step, 0, 2);
+        case PREQUANT_STEP_ELEMENTWISE:
+            return step.option >= 0 && step.option <= PREQUANT_NEGATE && present(step.operands[0]) &&
+                   present(step.operands[2]);
+        case PREQUANT_STEP_COPY:
+            return all_present(step, 0, 2) && (width == 1 || width == 2 || width == 4 || width == 8);
+        case PREQUANT_STEP_ATTENTION:
+            return step.option >= PREQUANT_MASK_NONE && step.option <= PREQUANT_MASK_FLOAT && key_heads > 0 &&
+                   step.sizes[1] % key_heads == 0 && all_present(step, 0, 3) && present(step.operands[4]) &&
+                   present(step.operands[3]) == (step.option != PREQUANT_MASK_NONE);
+        default: return false;
+    }
+}
+
 }  // namespace
 
 int32_t scratch_of(const prequant_step &step, const Kernels &kernels, int32_t members, StepScratch &scratch) {
+    if (!makes_sense(step)) return PREQUANT_BAD_CALL;
     if (step.kind == PREQUANT_STEP_LINEAR) {
         const prequant_linears &linears = linears_of(step);
-        if (linears.count < 1 || linears.count > PREQUANT_MOST_LINEARS) return PREQUANT_BAD_CALL;
         scratch.shared = scratch_bytes(linears.linears, static_cast<int32_t>(linears.count), step.sizes[0], members, kernels);
         return scratch.shared < 0 ? PREQUANT_BAD_PANELS : PREQUANT_OK;
     }
     if (step.kind == PREQUANT_STEP_ATTENTION) scratch.own = attention_bytes(attention_of(step, nullptr));
-    return step.kind < 0 || step.kind > PREQUANT_STEP_ATTENTION ? PREQUANT_BAD_CALL : PREQUANT_OK;
+    return PREQUANT_OK;
 }
 
 StepRun::StepRun(const prequant_step &step, const PlanCall &call) : step_(step), call_(call) {

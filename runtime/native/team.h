@@ -21,11 +21,11 @@ public:
             turn_.store(turn + 1, std::memory_order_release);
             return;
         }
-        for (int32_t looked = 0; turn_.load(std::memory_order_acquire) == turn; ++looked) pause(looked);
+        for (uint32_t looked = 0; turn_.load(std::memory_order_acquire) == turn; ++looked) pause(looked);
     }
 
 private:
-    static void pause(int32_t looked);
+    static void pause(uint32_t looked);
 
     alignas(64) std::atomic<int32_t> arrived_{0};
     alignas(64) std::atomic<uint32_t> turn_{0};

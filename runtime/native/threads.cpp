@@ -43,13 +43,13 @@ void run_member(void *data) {
     team.work(team.context, gomp().thread_number(), gomp().thread_count());
 }
 
-constexpr int32_t kLooks = 4096;  // some 100 us
+constexpr uint32_t kLooks = 4096;  // some 100 us
 
 }  // namespace
 
 namespace prequant {
 
-void Barrier::pause(int32_t looked) {
+void Barrier::pause(uint32_t looked) {
 #if defined(__unix__)
     if (looked >= kLooks) {
         sched_yield();
