@@ -6,8 +6,8 @@
 // own, shifted back once a group. Only what lies beyond those positions is shifted down first. No sum leaves 32 bits, as
 // codes at their bits are no larger than a byte (panels.h).
 //
-// V::kRows rows of a panel are a strip. Several strips pass at once: each input is loaded once for all of them, and
-// memory is read faster in two streams than in one.
+// V::kRows rows of a panel are a strip. Several strips pass at once: each input is loaded once for all of them. Where they
+// are of two panels, memory is also read faster in two streams than in one.
 
 #ifndef PREQUANT_INTEGER_PANEL_H
 #define PREQUANT_INTEGER_PANEL_H
@@ -114,10 +114,10 @@ template <class V, int B, int N, int M> struct IntegerPlanes {
     }
 };
 
-// Products of V::kStrips strips, which begin at one of the panel's, with M tokens: into `out` [panels][M][16]. Beyond
-// `last` panels, the last strip is computed again.
+// Products of V::kStrips strips, from the `strip`th of these panels on, with M tokens: into `out` [panels][M][16].
 template <class V, int B, int M>
-void integer_strips(const Job &job, int64_t panel, int strip, int64_t last, int64_t token, float (*out)[kPanelRows]) {
+void integer_strips(const Job &job, const int64_t (&panels)[V::kPanels], int strip, int64_t token,
+                    float (*out)[kPanelRows]) {
     constexpr int N = V::template kStrips<B, M>, kOfPanel = kPanelRows / V::kRows;
     const PanelsHeader &h = *job.panels.header;
     const int64_t stride = job.stride;
@@ -133,8 +133,7 @@ void integer_strips(const Job &job, int64_t panel, int strip, int64_t last, int6
         const uint8_t *blocks[N];
         const float *scales[N];
         for (int n = 0; n < N; ++n) {
-            const int64_t wanted = panel + (strip + n) / kOfPanel;
-            const int64_t place = (wanted < last ? wanted : last - 1) * h.terms + term;
+            const int64_t place = panels[(strip + n) / kOfPanel] * h.terms + term;
             const int64_t row = (strip + n) % kOfPanel * V::kRows;
             blocks[n] = job.panels.codes + place * h.blocks * B * kVector + row * 4;
             scales[n] = job.panels.scales + place * h.groups * kPanelRows + row;
