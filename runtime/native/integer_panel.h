@@ -1,13 +1,13 @@
-// Sums of codes times 8-bit inputs, for a few panels and tokens: exact integers, scaled once a group. See panel_kernels.h
-// for the vectors V.
+// Sums of codes times 8-bit inputs, for a few panels and tokens: exact integers, scaled once a group. panel_kernels.h
+// tells of the vectors V.
 //
 // A code vector holds 8 / W quads of columns, one at each position of its bytes. A product takes its codes by one AND:
-// they stay at their bits, where they count 2^(their lowest bit) times, and each of V::kPlaces positions has a sum of its
-// own, shifted back once a group. Only what lies beyond those positions is shifted down first. No sum leaves 32 bits, as
-// codes at their bits are no larger than a byte (panels.h).
+// they stay at their bits, where they count 2^(their lowest bit) times, and each of V::kPlaces positions has a sum of
+// its own, shifted back once a group. Only what lies beyond those positions is shifted down first. No sum leaves 32
+// bits, as codes at their bits are no larger than a byte (panels.h).
 //
-// V::kRows rows of a panel are a strip. Several strips pass at once: each input is loaded once for all of them, and
-// memory is read faster in two streams than in one.
+// V::kRows rows of a panel are a strip. Several strips pass at once: each input is loaded once for all of them. Where
+// they are of two panels, memory is also read faster in two streams than in one.
 
 #ifndef PREQUANT_INTEGER_PANEL_H
 #define PREQUANT_INTEGER_PANEL_H
@@ -23,7 +23,7 @@ using namespace prequant;
 // page, and waits for memory longer than it computes.
 constexpr int64_t kAhead = 2048;
 
-// The sums of a plane of W bits, for N strips and M tokens. Each has kChains, so that no product waits for the last one.
+// The sums of a plane of W bits, for N strips and M tokens: kChains of each, so that no product waits for the last one.
 template <class V, int W, int N, int M, int kChains> struct IntegerPlane {
     static constexpr int kCodes = 8 / W;  // in a byte
     static constexpr int kPlaces = smallest(kChains, V::template kPlaces<W>);
@@ -114,14 +114,15 @@ template <class V, int B, int N, int M> struct IntegerPlanes {
     }
 };
 
-// Products of V::kStrips strips, which begin at one of the panel's, with M tokens: into `out` [panels][M][16]. Beyond
-// `last` panels, the last strip is computed again.
+// Products of V::kStrips strips, from the `strip`th of these panels on, with M tokens: into `out` [panels][M][16].
 template <class V, int B, int M>
-void integer_strips(const Job &job, int64_t panel, int strip, int64_t last, int64_t token, float (*out)[kPanelRows]) {
+void integer_strips(const Job &job, const int64_t (&panels)[V::kPanels], int strip, int64_t token,
+                    float (*out)[kPanelRows]) {
     constexpr int N = V::template kStrips<B, M>, kOfPanel = kPanelRows / V::kRows;
     const PanelsHeader &h = *job.panels.header;
     const int64_t stride = job.stride;
-    const int64_t to_zeros = job.panels.zeros ? job.panels.zeros - job.panels.scales : 0, to_sums = job.sums - job.offsets;
+    const int64_t to_zeros = job.panels.zeros ? job.panels.zeros - job.panels.scales : 0;
+    const int64_t to_sums = job.sums - job.offsets;
     const int64_t in_groups = h.groups * h.group_blocks;  // blocks: the padding has no scales, and needs none
     const bool doubled = h.multiple == 2;
     typename V::Floats sums[N][M];
@@ -133,8 +134,7 @@ void integer_strips(const Job &job, int64_t panel, int strip, int64_t last, int6
         const uint8_t *blocks[N];
         const float *scales[N];
         for (int n = 0; n < N; ++n) {
-            const int64_t wanted = panel + (strip + n) / kOfPanel;
-            const int64_t place = (wanted < last ? wanted : last - 1) * h.terms + term;
+            const int64_t place = panels[(strip + n) / kOfPanel] * h.terms + term;
             const int64_t row = (strip + n) % kOfPanel * V::kRows;
             blocks[n] = job.panels.codes + place * h.blocks * B * kVector + row * 4;
             scales[n] = job.panels.scales + place * h.groups * kPanelRows + row;

@@ -27,7 +27,6 @@ struct Avx2 {
     static PREQUANT_INLINE Ints zero() { return _mm256_setzero_si256(); }
     static PREQUANT_INLINE Floats float_zero() { return _mm256_setzero_ps(); }
     static PREQUANT_INLINE Floats spread(float value) { return _mm256_set1_ps(value); }
-
     static PREQUANT_INLINE Ints spread(int32_t value) { return _mm256_set1_epi32(value); }
 
     template <int W> static PREQUANT_INLINE Codes codes(Codes bytes, int down, int) {

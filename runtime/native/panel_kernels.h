@@ -24,14 +24,15 @@ namespace {
 
 using namespace prequant;
 
-// Multiplies `count` panels, no more than V::kPanels, with as many tokens as M goes into.
-template <class V, int B, int M> int64_t integer_tokens(const Job &job, int64_t panel, int count, int64_t token) {
+// Multiplies the first `count` of these panels with as many tokens as M goes into. The others are computed in vain.
+template <class V, int B, int M>
+int64_t integer_tokens(const Job &job, const int64_t (&panels)[V::kPanels], int count, int64_t token) {
     float sums[V::kPanels * M][kPanelRows];
     for (; token + M <= job.tokens; token += M) {
         for (int strip = 0; strip < V::kPanels * kPanelRows / V::kRows; strip += V::template kStrips<B, M>) {
-            integer_strips<V, B, M>(job, panel, strip, panel + count, token, sums);
+            integer_strips<V, B, M>(job, panels, strip, token, sums);
         }
-        for (int p = 0; p < count; ++p) finish(job, panel + p, token, M, sums + p * M);
+        for (int p = 0; p < count; ++p) finish(job, panels[p], token, M, sums + p * M);
     }
     return token;
 }
@@ -55,11 +56,18 @@ template <class V, int B> void panels_of_bits(const Job &job, int64_t first, int
         }
         return;
     }
-    for (int64_t panel = first; panel < last; panel += V::kPanels) {
-        const int count = last - panel < V::kPanels ? static_cast<int>(last - panel) : V::kPanels;
-        int64_t token = integer_tokens<V, B, V::kTokens>(job, panel, count, 0);
-        token = integer_tokens<V, B, 2>(job, panel, count, token);
-        integer_tokens<V, B, 1>(job, panel, count, token);
+    // As many streams of memory as panels, each without a gap: what is asked for ahead is what comes next.
+    const int64_t length = (last - first + V::kPanels - 1) / V::kPanels;
+    for (int64_t i = first; i < first + length; ++i) {
+        int64_t panels[V::kPanels];
+        int count = 0;
+        for (int p = 0; p < V::kPanels; ++p) {
+            panels[p] = i + p * length < last ? i + p * length : last - 1;
+            count += i + p * length < last;
+        }
+        int64_t token = integer_tokens<V, B, V::kTokens>(job, panels, count, 0);
+        token = integer_tokens<V, B, 2>(job, panels, count, token);
+        integer_tokens<V, B, 1>(job, panels, count, token);
     }
 }
 

@@ -193,8 +193,8 @@ struct Packer {
     }
 };
 
-// A weight is read from end to end with each call, and pages of 4 KB then cost up to a fifth of the time. Where it holds a
-// large page (2 MB) the system is asked for those; that it may decline makes no difference to anything else.
+// A weight is read from end to end with each call, and pages of 4 KB then cost up to a fifth of the time. Where it holds
+// a large page (2 MB) the system is asked for those; that it may decline makes no difference to anything else.
 void ask_for_large_pages(void *memory, int64_t bytes) {
 #ifdef __linux__
     constexpr int64_t kLargePage = 1 << 21;

@@ -104,6 +104,7 @@ constexpr Planes planes_of(int bits) {
     return planes;
 }
 
+// How many they are.
 constexpr int count_of(int bits) {
     int n = 0;
     while (planes_of(bits).width[n]) ++n;

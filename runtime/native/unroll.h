@@ -1,4 +1,4 @@
-// How the kernels' loops are made flat.
+// How the kernels' loops are made flat, and the arithmetic that their sizes take.
 
 #ifndef PREQUANT_UNROLL_H
 #define PREQUANT_UNROLL_H
