@@ -149,8 +149,7 @@ private:
     }
 
     template <int T, int N, Sums S>
-    PREQUANT_INLINE void step(const uint8_t *tokens, const uint8_t *codes, Product *store, int apart) {
-        unpacker_.step();
+    PREQUANT_INLINE void step(const uint8_t *tokens, const uint8_t *codes, Product *store, int apart) const {
         PREQUANT_UNROLL
         for (int part = 0; part < E::kParts; ++part) {
             const bool first = part == 0;
@@ -190,8 +189,10 @@ private:
         const auto of_input = [](int64_t column) {  // the second half of a tile lies beside the first
             return column / E::kColumns * E::kParts * kTileBytes + column % E::kColumns * kVector / E::kColumns;
         };
+        unpacker_.reach(before + k);
         step<T, N, S>(tokens + of_input(k), unpacker_.tile(before + k, 0), store, apart);
         for (k += columns_; k < end; k += columns_) {
+            unpacker_.reach(before + k);
             step<T, N, Sums::kKept>(tokens + of_input(k), unpacker_.tile(before + k, 0), nullptr, 0);
         }
     }

@@ -35,7 +35,7 @@ public:
 
     template <class E> Unpacker(const Job &job, E, int columns, bool ring, uint8_t *tiles)
         : job_(job), h_(*job.panels.header), tiles_(tiles), within_(ring ? kRing - 1 : -1),
-          blocks_of_step_(columns / kBlockColumns), halves_(E::kHalves) {
+          blocks_of_step_(columns / kBlockColumns), blocks_(h_.terms * h_.blocks), halves_(E::kHalves) {
         switch (h_.bits) {
             case 1: prepare<1>(); break;
             case 2: prepare<2>(); break;
@@ -56,26 +56,26 @@ public:
         codes_ = job_.panels.codes + panel * h_.terms * h_.blocks * h_.bits * kVector;
         panels_ = panels;
         block_ = 0;
-        left_ = h_.terms * h_.blocks / blocks_of_step_;
-        for (int i = 0; i < kAhead; ++i) step();
     }
 
-    // The next step, if there is one left.
-    PREQUANT_INLINE void step() {
-        if (left_ == 0) return;
-        --left_;
-        const int64_t bytes = h_.bits * kVector, of_panel = h_.terms * h_.blocks * bytes;
-        for (int i = 0; i < blocks_of_step_; ++i, ++block_) {
-            for (int n = 0; n < panels_; ++n) {
-                unpack_block_(*this, codes_ + n * of_panel + block_ * bytes, tiles_ + place(block_ * kBlockColumns, n));
-            }
-        }
+    // Sees to it that the step that begins with this column, counted through all terms, is there, and the next ones.
+    PREQUANT_INLINE void reach(int64_t column) {
+        const int64_t end = column / kBlockColumns + (1 + kAhead) * blocks_of_step_;
+        while (block_ < end && block_ < blocks_) unpack_one();
     }
 
-    // The tile of a step that begins with this column, counted through all terms.
+    // The tile of that step.
     const uint8_t *tile(int64_t column, int panel) const { return tiles_ + place(column, panel); }
 
 private:
+    void unpack_one() {
+        const int64_t bytes = h_.bits * kVector;
+        for (int n = 0; n < panels_; ++n) {
+            unpack_block_(*this, codes_ + (n * blocks_ + block_) * bytes, tiles_ + place(block_ * kBlockColumns, n));
+        }
+        ++block_;
+    }
+
     PREQUANT_INLINE int64_t place(int64_t column, int panel) const {
         const int64_t place = halves_ ? column * (2 * kTileBytes / 32)
                                       : column / 64 * 2 * kTileBytes + column % 64 * (kTileBytes / 64);
@@ -143,13 +143,14 @@ private:
     uint8_t *tiles_;
     const int64_t within_;  // the ring, or all
     const int blocks_of_step_;
+    const int64_t blocks_;  // of a panel, in all terms
     const bool halves_;
     __m512i levels_;
     void (*unpack_block_)(const Unpacker &, const uint8_t *, uint8_t *) = nullptr;
 
     const uint8_t *codes_ = nullptr;
     int panels_ = 0;
-    int64_t block_ = 0, left_ = 0;  // the next block of a panel; steps
+    int64_t block_ = 0;  // the next one of each panel
 };
 
 }  // namespace

@@ -73,7 +73,7 @@ template <class E> void panels_by_tiles(const Job &job, int64_t first, int64_t l
 }
 
 void linear_by_tiles(const Job &job, int64_t first, int64_t last, uint8_t *own) {
-    if (!by_tiles(*job.linear, job.tokens)) return linear_by_panels<Avx512>(job, first, last, own);
+    if (!by_tiles(*job.linear, job.tokens)) return avx512vnni_kernels.linear(job, first, last, own);
     with_tiles(*job.linear, [&](auto kind) { panels_by_tiles<decltype(kind)>(job, first, last, own); });
 }
 

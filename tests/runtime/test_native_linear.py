@@ -15,10 +15,15 @@ from .native_layers import FORMATS, ISAS, Layer
 
 
 def assert_linear(result: Tensor, input: Tensor, layer: Layer, tolerance: float = 2e-6) -> None:
-    """Against float64, relative to the sum of magnitudes, which is what rounding is relative to."""
+    """Against float64, relative to the sum of magnitudes, which is what rounding is relative to.
+
+    A weight near 0 may be the difference of two numbers of a step or more of its grid: its zero point, and the parts that
+    its code is in.
+    """
     input, weight = input.double().reshape(-1, layer.columns), layer.weight()
     expected = (input @ weight.T + layer.bias.double()).reshape(result.shape)
-    size = (input.abs() @ layer.magnitude().T + layer.bias.double().abs()).reshape(result.shape)
+    magnitudes = layer.magnitude() + layer.scale.double().amax()
+    size = (input.abs() @ magnitudes.T + layer.bias.double().abs()).reshape(result.shape)
     error = (result.double() - expected).abs() / size
     assert float(error.amax() if error.numel() else 0) < tolerance
 
