@@ -123,15 +123,15 @@ class ModelProgram(TracedProgram):
         return generates(self)
 
     @property
-    def generation_config(self) -> GenerationConfig:
-        """What :meth:`generate` goes by where it is not told; a copy of the model's own."""
+    def generation_config(self) -> GenerationConfig | None:
+        """What :meth:`generate` goes by where it is not told: a copy of the model's own. None if it can't generate."""
         config = self.info.extra.get(GENERATION_CONFIG)
-        if config is None:
+        if config is None and self.can_generate():
             self.generation_config = config = GenerationConfig.from_model_config(self.config)
-        return cast(GenerationConfig, config)
+        return cast("GenerationConfig | None", config)
 
     @generation_config.setter
-    def generation_config(self, config: GenerationConfig) -> None:
+    def generation_config(self, config: GenerationConfig | None) -> None:
         self.update_info(extra={**self.info.extra, GENERATION_CONFIG: config})
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

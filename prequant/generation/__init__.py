@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
+
+from transformers import GenerationConfig
 
 from prequant.model import ModelProgram
 
@@ -33,7 +35,7 @@ def with_cache(program: ModelProgram) -> GenerativeProgram:
         check_values(program, generative)
         made = _MADE[program] = (state, generative)
     generative = made[1]
-    generative.generation_config = program.generation_config
+    generative.generation_config = cast(GenerationConfig, program.generation_config)
     return generative
 
 

@@ -44,19 +44,18 @@ SIZES = {BATCH: 2, QUERY: 3, PAST: 5, TOTAL: 8, SOURCE: 7}
 class CachedTrace:
     """``decoder``: the graph above. ``encoder``: ``input_ids, attention_mask`` to hidden states, of a seq2seq model.
 
-    ``layers``: of the cache. ``all_logits``: whether the decoder returns logits of all new positions.
+    ``layers``: how many the cache has.
     """
 
     decoder: Program
     encoder: Program | None
     layers: int
-    all_logits: bool
 
 
 def trace_cached(model: PreTrainedModel) -> CachedTrace:
-    """Trace a model that :func:`transformers.GenerationMixin.generate` takes. Its ``forward`` must not be used after.
+    """Trace a model that transformers' ``generate`` takes, in eval mode. It may lie on the meta device.
 
-    The model may lie on the meta device. Raises :class:`TraceError`.
+    Raises :class:`TraceError`.
     """
     return _trace_seq2seq(model) if model.config.is_encoder_decoder else _trace_decoder(model)
 
@@ -102,7 +101,7 @@ def _trace_decoder(model: PreTrainedModel) -> CachedTrace:
     # The model looks at the values of a mask [batch, length], which meta tensors don't have; not at those of this.
     mask = torch.ones((SIZES[BATCH], 1, SIZES[QUERY], SIZES[QUERY]), dtype=torch.bool, device=model.device)
     given = {item.name: mask if item.name == "attention_mask" else _example(model, item) for item in inputs}
-    past = _cache_inputs(model, forward(**given, use_cache=True).past_key_values)
+    past = _cache_inputs(model, _called(model, forward, **given, use_cache=True).past_key_values)
 
     def cached(*tensors: Tensor) -> tuple[Tensor, ...]:
         cache = _cache_of(tensors[len(names) :])
@@ -111,7 +110,7 @@ def _trace_decoder(model: PreTrainedModel) -> CachedTrace:
         return (outputs.logits, *_flat_cache(outputs.past_key_values))
 
     decoder = _export(model, cached, [*inputs, *past])
-    return CachedTrace(decoder, None, len(past) // 2, not bound)
+    return CachedTrace(decoder, None, len(past) // 2)
 
 
 def _trace_seq2seq(model: PreTrainedModel) -> CachedTrace:
@@ -122,11 +121,10 @@ def _trace_seq2seq(model: PreTrainedModel) -> CachedTrace:
     def encode(ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         return (stack(input_ids=ids, attention_mask=mask).last_hidden_state,)
 
-    hidden = stack(input_ids=_example(model, source[0])).last_hidden_state
+    hidden = _called(model, stack, input_ids=_example(model, source[0])).last_hidden_state
     target = Input("decoder_input_ids", integer, (BATCH, QUERY))
-    outputs = forward(
-        encoder_outputs=BaseModelOutput(hidden), decoder_input_ids=_example(model, target), use_cache=True
-    )
+    given = {"encoder_outputs": BaseModelOutput(hidden), target.name: _example(model, target)}
+    outputs = _called(model, forward, **given, use_cache=True)
     past = _cache_inputs(model, outputs.past_key_values.self_attention_cache)
     inputs = [
         target,
@@ -150,7 +148,16 @@ def _trace_seq2seq(model: PreTrainedModel) -> CachedTrace:
         return (outputs.logits, *_flat_cache(own), *_flat_cache(cross))
 
     encoder = _export(model, encode, source)
-    return CachedTrace(_export(model, cached, inputs), encoder, len(past) // 2, True)
+    return CachedTrace(_export(model, cached, inputs), encoder, len(past) // 2)
+
+
+def _called(model: PreTrainedModel, function: Callable[..., Any], **inputs: Any) -> Any:
+    """What a part of the model returns: shapes are all that is looked at."""
+    try:
+        with torch.no_grad():
+            return function(**inputs)
+    except Exception as error:  # as in a trace
+        raise explain(model, error) from error
 
 
 def _cache_inputs(model: PreTrainedModel, cache: Any) -> list[Input]:

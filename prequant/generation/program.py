@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
@@ -23,7 +24,7 @@ MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 CACHE = "past_key_values"
 
 
-class GenerativeProgram(GenerationMixin):
+class GenerativeProgram(GenerationMixin, ABC):
     """A Program's graphs with a cache, and transformers' ``generate`` over them.
 
     ``graphs.prefill`` takes any number of new positions, ``graphs.decode`` one. Both compute on the tensors of the
@@ -40,7 +41,7 @@ class GenerativeProgram(GenerationMixin):
     def __init__(self, program: ModelProgram, graphs: Graphs) -> None:
         self.graphs = graphs
         self.run_prefill, self.run_decode = lifted(graphs.prefill), lifted(graphs.decode)
-        self.config, self.generation_config = program.config, program.generation_config
+        self.config, self.generation_config = program.config, cast(GenerationConfig, program.generation_config)
         self.device, self.dtype = program.device, program.dtype
         cached = [item for item in graphs.prefill.signature.inputs if item.name.startswith("past_")]
         self._cache_inputs = [(int(item.shape[1]), int(item.shape[3]), item.dtype) for item in cached]
@@ -80,18 +81,18 @@ class GenerativeProgram(GenerationMixin):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
 
+    @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One step, called like the model."""
-        raise NotImplementedError
 
     def _past(self, cache: Cache | None, batch: int) -> list[Tensor]:
         """Keys and values in the order of the graph's inputs. Raises :class:`GenerationError` for another cache."""
-        if cache is None or not cache.get_seq_length():
-            return [
-                torch.empty((batch, heads, 0, size), dtype=dtype, device=self.device)
-                for heads, size, dtype in self._cache_inputs
-            ]
-        return _tensors(cache)
+        if cache is not None and (held := _tensors(cache)):
+            return held
+        return [
+            torch.empty((batch, heads, 0, size), dtype=dtype, device=self.device)
+            for heads, size, dtype in self._cache_inputs
+        ]
 
     def _attention_mask(self, mask: Tensor | None, batch: int, total: int) -> Tensor:
         if mask is None:
@@ -210,7 +211,7 @@ class GenerativeSeq2Seq(GenerativeProgram):
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         encoder_outputs: BaseModelOutput | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        past_key_values: Cache | None = None,
         use_cache: bool = True,
         return_dict: bool = True,
     ) -> Seq2SeqLMOutput:
@@ -219,27 +220,26 @@ class GenerativeSeq2Seq(GenerativeProgram):
         ``attention_mask`` ``[batch, source]`` is the encoder's, ``decoder_attention_mask`` ``[batch, past + length]``
         the decoder's (both ones by default). ``encoder_outputs`` is made of ``input_ids`` where it is left out.
         """
-        if decoder_input_ids is None:
-            raise GenerationError("decoder_input_ids are missing")
+        if decoder_input_ids is None or (encoder_outputs is None and input_ids is None):
+            raise GenerationError("one step takes decoder_input_ids, and input_ids or encoder_outputs")
+        cache = self._new_cache() if past_key_values is None and use_cache else past_key_values
+        if cache is not None and not isinstance(cache, EncoderDecoderCache):
+            raise GenerationError(f"a {type(cache).__name__} has no place for the encoder: give an EncoderDecoderCache")
         if encoder_outputs is None:
-            encoder_outputs = self.encoder(input_ids=cast(Tensor, input_ids), attention_mask=attention_mask)
+            encoder_outputs = self.encoder(cast(Tensor, input_ids), attention_mask)
         hidden = cast(Tensor, encoder_outputs[0])
         batch, length = decoder_input_ids.shape
-        own = past_key_values.self_attention_cache if past_key_values is not None else None
-        past = self._past(own, batch)
+        past = self._past(None if cache is None else cache.self_attention_cache, batch)
         mask = self._attention_mask(decoder_attention_mask, batch, past[0].shape[2] + length)
         source_mask = self._attention_mask(attention_mask, batch, hidden.shape[1])
-        started = past_key_values is not None and past_key_values.cross_attention_cache.get_seq_length() > 0
-        if length == 1 and started:
-            cross = _tensors(cast(EncoderDecoderCache, past_key_values).cross_attention_cache)
+        cross = [] if cache is None else _tensors(cache.cross_attention_cache)
+        if length == 1 and cross:
             logits, *present = self.run_decode(decoder_input_ids, mask, source_mask, *past, *cross)
         else:
             logits, *present = self.run_prefill(decoder_input_ids, mask, source_mask, hidden, *past)
-        cache = self._new_cache() if past_key_values is None and use_cache else past_key_values
         if cache is not None:
-            assert isinstance(cache, EncoderDecoderCache)
             _store(cache.self_attention_cache, present[: len(past)])
-            if not started:
+            if not cross:
                 _store(cache.cross_attention_cache, present[len(past) :])
                 cache.is_updated = dict.fromkeys(range(len(past) // 2), True)
         return Seq2SeqLMOutput(logits=logits, past_key_values=cache, encoder_last_hidden_state=hidden)
@@ -282,15 +282,19 @@ def _on(device: torch.device, inputs: dict[str, Tensor | None]) -> dict[str, Any
 
 
 def _tensors(cache: Cache) -> list[Tensor]:
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        kind = next(type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer)
-        raise GenerationError(f"a cache with a {kind}: a Program takes a DynamicCache() made without a configuration")
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]  # type: ignore[union-attr,misc]
+    """Keys and values of a cache, layer by layer; none of an empty one."""
+    tensors: list[Any] = []
+    for layer in cache.layers:
+        if type(layer) is not DynamicLayer:
+            kind = type(layer).__name__
+            raise GenerationError(f"a cache with a {kind}: give a DynamicCache() that is made without a configuration")
+        if layer.is_initialized:
+            tensors += (layer.keys, layer.values)
+    return tensors
 
 
-def _store(cache: Cache, tensors: Iterable[Tensor]) -> None:
+def _store(cache: Cache, held: Sequence[Tensor]) -> None:
     """Let a cache hold these keys and values, layer by layer."""
-    held = list(tensors)
     while 2 * len(cache.layers) < len(held):
         cache.layers.append(DynamicLayer())
     for layer, keys, values in zip(cache.layers, held[::2], held[1::2], strict=True):

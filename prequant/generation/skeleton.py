@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
+from prequant.losses import CAUSAL_LM, SEQ2SEQ_LM
 from prequant.model import MODEL_CLASS, ModelProgram
 
 from .cached_trace import CachedTrace, trace_cached
@@ -39,7 +40,7 @@ def generates(program: ModelProgram) -> bool:
         model_class(str(program.info.extra[MODEL_CLASS]))
     except GenerationError:
         return False
-    return program.task in ("causal-lm", "seq2seq-lm")
+    return program.task in (CAUSAL_LM, SEQ2SEQ_LM)
 
 
 def model_class(path: str) -> Any:

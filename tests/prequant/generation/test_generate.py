@@ -195,7 +195,10 @@ FORMS: dict[str, Pipeline] = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", HEADS)
-def test_packed_tokens_are_the_simulated_ones(family: str, form: str) -> None:
+def test_packed_tokens_are_the_simulated_ones(family: str, form: str, request: pytest.FixtureRequest) -> None:
+    if form == "8-bit-inputs":
+        # Sums that are rounded otherwise move a code of the next input now and then, and so a token in the end.
+        request.getfixturevalue("reference_kernels")
     model, program = pair(family)
     simulated = FORMS[form](program)
     packed = lower(simulated)

@@ -13,12 +13,20 @@ from prequant import lower
 from prequant.generation import GenerationError, with_cache
 from prequant.generation.skeleton import model_class
 from prequant.model import MODEL_CLASS, ModelProgram
-from prequant.passes import Canonicalize, Input, Pipeline, QuantizeActivations, QuantizeWeights
+from prequant.passes import (
+    Canonicalize,
+    Input,
+    Pipeline,
+    QuantizeActivations,
+    QuantizeWeights,
+    Verify,
+    propagate_shapes,
+)
 from prequant.runtime import PrequantError, ops
 from prequant.trace import trace
 
 from ...models import FAMILIES as MODELS
-from ...models import PAD, random_inputs, small_model, traced
+from ...models import PAD, VOCABULARY, random_inputs, small_model, traced
 
 FAMILIES = ("gpt2-causal-lm", "opt-causal-lm", "llama-causal-lm", "qwen2-causal-lm", "t5-seq2seq-lm")
 QUANTIZE = Pipeline([Canonicalize(), QuantizeWeights(bits=4)])
@@ -82,6 +90,18 @@ def test_the_cache_is_plain_tensors() -> None:
     inputs = list(graphs.decode.graph.find_nodes(op="placeholder"))[3:]
     for node, old in zip(results[1:], inputs, strict=True):
         assert node.target is torch.ops.aten.cat.default and node.args[0][0] is old, "a later pass can write in place"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_graphs_are_programs_like_any(name: str) -> None:
+    """Other passes run over them, which ask for shapes, and for a graph in order."""
+    graphs = with_cache(lower(quantized(name))).graphs  # type: ignore[arg-type]
+    heads = graphs.decode.signature.inputs[-1].shape[1]
+    for graph, length in ((graphs.prefill, 8), (graphs.decode, 6)):  # five positions before, and three or one
+        again = Pipeline([Canonicalize()])(graph, [Verify()])
+        logits, first, *_ = propagate_shapes(again).of_outputs()
+        assert logits is not None and logits[1][-1] == VOCABULARY
+        assert first == (torch.float32, (2, heads, length, 8))
 
 
 @pytest.mark.parametrize("name", FAMILIES[:4])
@@ -163,7 +183,7 @@ def test_generation_config_is_the_programs() -> None:
 )
 def test_models_without_a_language_models_head_do_not_generate(name: str) -> None:
     program: Any = traced(name)
-    assert not program.can_generate()
+    assert not program.can_generate() and program.generation_config is None
     with pytest.raises(GenerationError, match=r"does not generate text: trace a model with a language model's head"):
         program.generate(torch.tensor([[5, 6]]))
 
@@ -177,19 +197,31 @@ def test_can_generate() -> None:
     [
         ({"cache_implementation": "static"}, r"cache_implementation='static': .*dynamic cache only"),
         ({"output_attentions": True, "return_dict_in_generate": True}, r"can't generate with output_attentions"),
-        (
-            {"past_key_values": DynamicCache(config=transformers.MistralConfig(num_hidden_layers=2))},
-            "SlidingWindowLayer",
-        ),
     ],
 )
 def test_what_graphs_can_not_do_is_refused(settings: dict[str, Any], message: str) -> None:
-    program = traced("gpt2-causal-lm")
-    if "past_key_values" in settings:
-        for layer in settings["past_key_values"].layers:
-            layer.update(torch.zeros(2, 4, 3, 8), torch.zeros(2, 4, 3, 8))
     with pytest.raises(GenerationError, match=message):
-        tokens(program, **settings)
+        tokens(traced("gpt2-causal-lm"), **settings)
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_cache_that_forgets_is_refused(filled: bool) -> None:
+    cache: Any = DynamicCache(config=transformers.MistralConfig(num_hidden_layers=2))
+    for layer in cache.layers if filled else ():
+        layer.update(torch.zeros(2, 4, 3, 8), torch.zeros(2, 4, 3, 8))
+    with pytest.raises(GenerationError, match=r"a DynamicSlidingWindowLayer: give a DynamicCache\(\)"):
+        tokens(traced("gpt2-causal-lm"), past_key_values=cache)
+
+
+def test_a_seq2seq_step_takes_what_it_needs() -> None:
+    generative, ids = with_cache(traced("t5-seq2seq-lm")), torch.tensor([[5, 6]])  # type: ignore[arg-type]
+    for given in ({"input_ids": ids}, {"decoder_input_ids": ids}):
+        with pytest.raises(GenerationError, match="takes decoder_input_ids, and input_ids or encoder_outputs"):
+            generative(**given)
+    with pytest.raises(GenerationError, match="a DynamicCache has no place for the encoder"):
+        generative(input_ids=ids, decoder_input_ids=ids, past_key_values=DynamicCache())
+    outputs = generative(input_ids=ids, decoder_input_ids=ids, use_cache=False)
+    assert outputs.past_key_values is None and outputs.logits.shape == (1, 2, VOCABULARY)
 
 
 def test_misspelt_settings_and_drafts_are_refused_by_transformers() -> None:
