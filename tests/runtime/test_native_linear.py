@@ -17,8 +17,8 @@ from .native_layers import FORMATS, ISAS, Layer
 def assert_linear(result: Tensor, input: Tensor, layer: Layer, tolerance: float = 2e-6) -> None:
     """Against float64, relative to the sum of magnitudes, which is what rounding is relative to.
 
-    A weight near 0 may be the difference of two numbers of a step or more of its grid: its zero point, and the parts that
-    its code is in.
+    A weight near 0 may be the difference of two numbers of a step or more of its grid: its zero point, and the parts
+    that its code is in.
     """
     input, weight = input.double().reshape(-1, layer.columns), layer.weight()
     expected = (input @ weight.T + layer.bias.double()).reshape(result.shape)
