@@ -104,7 +104,7 @@ class WeightPass(Pass):
             yield site
         current_site.set(None)
 
-    def packed_linears(self, program: Program, report: Report) -> list[tuple[str, fx.Node]]:
+    def packed_linear_nodes(self, program: Program, report: Report) -> list[tuple[str, fx.Node]]:
         """The ``packed_linear`` nodes in scope, each with the name of its weight; the others go into the report."""
         uses = [use for use in packed_uses(program.graph) if use.node.target is ops.packed_linear]
         candidates = [scoped(program, packed_weight_name(use), (use.node,)) for use in uses]

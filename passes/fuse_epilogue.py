@@ -35,7 +35,7 @@ class FuseEpilogue(WeightPass):
         report = self.report()
         if any("val" not in node.meta for node in program.graph.nodes):
             propagate_shapes(program)  # a Program from a file, say: sums are fused where shapes are known to be equal
-        for weight, node in self.packed_linears(program, report):
+        for weight, node in self.packed_linear_nodes(program, report):
             parts = []
             if (reader := _only_reader(node)) is not None and (activation := _activation(node, reader)):
                 node = _fused(program.graph, node, reader, node.args, {**node.kwargs, "activation": activation})

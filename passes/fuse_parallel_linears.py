@@ -36,7 +36,7 @@ class FuseParallelLinears(WeightPass):
     def run(self, program: Program) -> Report:
         """Fuse every group of packed linears in scope."""
         report = self.report()
-        linears = {node: name for name, node in self.packed_linears(program, report)}
+        linears = {node: name for name, node in self.packed_linear_nodes(program, report)}
         for first, *others in list(_groups(program.graph, linears)):
             group = [first]
             for node in others:

@@ -12,6 +12,8 @@ arguments that ``checks.py`` has passed (shapes, types, device), the same as the
     packed_linear     (format, input, codes, scale, zero_point, outliers, bias,
                        input_scale, input_zero_point, columns, input_format, activation, residual)
     packed_embedding  (format, ids, codes, scale, zero_point, outliers, columns, dtype)
+
+``packed_linears`` is a list of calls of ``packed_linear``, and each goes where that one would.
 """
 
 from __future__ import annotations

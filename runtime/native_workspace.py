@@ -41,14 +41,14 @@ class _Workspaces(threading.local):
 
 
 _workspaces = _Workspaces()
-_threads, _isa = torch.get_num_threads, native.chosen_isa
 
 
 def workspace() -> Workspace:
     """That of this thread, for the number of threads and the instruction set that are set now."""
     mine: Workspace = _workspaces.mine
-    if mine.threads != _threads() or mine.isa is not _isa():
-        mine.set(_threads(), _isa())
+    threads, isa = torch.get_num_threads(), native.chosen_isa()
+    if mine.threads != threads or mine.isa is not isa:
+        mine.set(threads, isa)
     return mine
 
 

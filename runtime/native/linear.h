@@ -33,8 +33,8 @@ int64_t scratch_bytes(const prequant_linear *const *linears, int32_t count, int6
 
 // Describe outputs[i] = linears[i](input) + residuals[i]; `residuals` may be null, and any in it. `threads`: the most
 // parts that `multiply` will be called for. Returns a prequant_status: PREQUANT_BAD_CALL for linears that do not take
-// one input, or more
-// than PREQUANT_MAX_LINEARS of them; PREQUANT_SMALL_SCRATCH for less than call.scratch_bytes, which is then set.
+// one input, or more than PREQUANT_MAX_LINEARS of them; PREQUANT_SMALL_SCRATCH for less than call.scratch_bytes, which
+// is then set.
 int32_t prepare(LinearCall &call, const prequant_linear *const *linears, int32_t count, const void *input,
                 const void *const *residuals, void *const *outputs, int64_t tokens, void *scratch,
                 int64_t scratch_bytes, int32_t threads, const Kernels &kernels);

@@ -110,6 +110,20 @@ def test_more_linears_than_the_library_takes_at_once(isa: str) -> None:
         assert torch.equal(result, one)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_threads_share_the_rows_of_all(isa: str, threads: int) -> None:
+    """Weights large enough for several threads, whose bounds fall inside of linears and between them."""
+    sizes = [("affine4:row", 700), ("affine8:group64", 33), ("binary:row", 1), ("affine2:row", 900)]
+    layers = [Layer(text, rows, 512, "add" if rows > 800 else "", rows) for text, rows in sizes]
+    for tokens in (1, 5, 40):
+        input = torch.randn(tokens, 512)
+        torch.set_num_threads(1)
+        expected = apart(layers, input, ("affine8:row",), [""] * 4)
+        torch.set_num_threads(threads)
+        for result, one in zip(ops.packed_linears(**arguments(layers, input, "affine8:row")), expected, strict=True):
+            assert torch.equal(result, one)
+
+
 def test_without_kernels_it_is_the_reference(monkeypatch: pytest.MonkeyPatch, joined: list[int]) -> None:
     layers, input = mixed_layers(), torch.randn(3, COLUMNS, dtype=torch.float64)  # a type that kernels don't take
     results = ops.packed_linears(**arguments(layers, input, "affine8:row"))
