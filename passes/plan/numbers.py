@@ -20,7 +20,14 @@ FUNCTIONS = {
 """What torch's expressions of sizes call, beside sums, products and powers."""
 
 
-KNOWN = (sympy.Integer, sympy.Symbol, sympy.Add, sympy.Mul, sympy.core.relational.Relational, sympy.logic.boolalg.Boolean)
+KNOWN = (
+    sympy.Integer,
+    sympy.Symbol,
+    sympy.Add,
+    sympy.Mul,
+    sympy.core.relational.Relational,
+    sympy.logic.boolalg.Boolean,
+)
 """What Python computes alike; sums and products of integers are integers."""
 
 

@@ -156,7 +156,7 @@ def test_functions_of_two(isa: str, function: str, count: int) -> None:
 def test_results_may_be_strided(isa: str) -> None:
     a, out = torch.randn(1, 2, 3, 4), torch.zeros(1, 2, 3, 4, 2)
     places = out[..., 0]
-    step = words(p.ELEMENTWISE, a.shape[:3] + (4,), [a, a, None])
+    step = words(p.ELEMENTWISE, (*a.shape[:3], 4), [a, a, None])
     assert run([step], [a, a, None])[0] == 4  # without a result
     contiguous = torch.zeros(3, 1, 2, 4).permute(1, 2, 0, 3)
     done(words(p.ELEMENTWISE, a.shape, [a, a, contiguous]), [a, a, contiguous])
