@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from prequant.passes import (
     BinaryCode,
+    Canonicalize,
     Pass,
     Pipeline,
     Program,
@@ -71,7 +72,7 @@ def assert_close(found: Any, expected: Any, name: str = "", bound: float = 1e-5)
 
 @cache
 def lowered(name: str) -> Program:
-    return lower(Pipeline([QuantizeWeights(bits=4)])(traced(name)))
+    return lower(Pipeline([Canonicalize(), QuantizeWeights(bits=4)])(traced(name)))
 
 
 def showing_all(program: Program) -> tuple[Program, list[str]]:
