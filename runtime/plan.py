@@ -173,7 +173,7 @@ class _Workspace:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.sized: dict[tuple[int | bytes, ...], _Sized] = {}
+        self.sized: dict[tuple[object, ...], _Sized] = {}
         self.placements: dict[tuple[int, ...], tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]] = {}
         self.arena = native.aligned_bytes(0)
         self.scratch = native.aligned_bytes(0)
@@ -214,7 +214,7 @@ class _Workspace:
 
     # ---- sizes -------------------------------------------------------------------------------------------------------
 
-    def _remember(self, key: tuple[int | bytes, ...], sized: _Sized) -> _Sized:
+    def _remember(self, key: tuple[object, ...], sized: _Sized) -> _Sized:
         if len(self.sized) >= MOST_SIZES:
             del self.sized[next(iter(self.sized))]
         self.sized[key] = sized

@@ -357,8 +357,12 @@ def test_several_threads_call_at_once(program: Program) -> None:
     inputs = [inputs_of(2, length) for length in (3, 40, 11, 25)]
     expected = [by_graph(program, item) for item in inputs]
     wrong: list[int] = []
+    runners: list[Any] = []
+    together = threading.Barrier(3)
 
     def work(number: int) -> None:
+        together.wait()  # the first call makes the plan
+        runners.append(program.runner)
         for turn in range(30):
             at = (number + turn) % len(inputs)
             with torch.no_grad():
@@ -372,6 +376,8 @@ def test_several_threads_call_at_once(program: Program) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+    assert len(runners) == 3
+    assert len(set(runners)) == 1
 
 
 class Rows(torch.utils.data.Dataset[Tensor]):
