@@ -52,11 +52,11 @@ class ComposeOps(Pass):
 
 @dataclass(frozen=True)
 class Composition:
-    """A function over elementary ops, and the one call that computes the same: from the operands by the names of the
-    function's parameters to a target, its args and kwargs; None where it does not after all.
+    """The graph of a function over elementary ops, and the one call that computes the same: from the operands by the
+    names of the function's parameters to a target, its args and kwargs; None where it does not after all.
     """
 
-    pattern: Callable[..., Any]
+    pattern: fx.Graph
     call: Callable[[dict[str, Any]], tuple[Any, tuple[Any, ...], dict[str, Any]] | None]
 
 
@@ -86,13 +86,15 @@ def _call_rms_norm(operands: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict
     return aten.rms_norm.default, (operands["x"], [int(value.shape[0])], weight, epsilon), {}
 
 
-COMPOSITIONS = (Composition(_gelu, _call_gelu), Composition(_rms_norm, _call_rms_norm))
+COMPOSITIONS = tuple(
+    Composition(fx.Tracer().trace(pattern), call)  # once: while it traces, other threads find torch's modules patched
+    for pattern, call in ((_gelu, _call_gelu), (_rms_norm, _call_rms_norm))
+)
 
 
 def _matches(graph: fx.Graph, composition: Composition) -> Iterator[tuple[fx.Node, dict[str, Any]]]:
     """The node that has the result of each match, and the operands by the names of the function's parameters."""
-    pattern = fx.Tracer().trace(composition.pattern)
-    parameters = pattern.find_nodes(op="placeholder")
-    for match in SubgraphMatcher(pattern).match(graph):
+    parameters = composition.pattern.find_nodes(op="placeholder")
+    for match in SubgraphMatcher(composition.pattern).match(graph):
         (result,) = match.returning_nodes
         yield result, {str(node.target): match.nodes_map[node] for node in parameters}

@@ -7,6 +7,7 @@ Program takes what the model took and returns what the model returned.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -92,6 +93,9 @@ PLANNED, RUNNER = "planned", "_plan_runner"
 """The key in a Program's ``meta`` that says whether it is planned, and the attribute that keeps its plan."""
 
 
+_planning = threading.RLock()
+
+
 class Program(fx.GraphModule):
     """A traced model: graph, tensors under the model's own names, and how to call it (see the module's docstring)."""
 
@@ -166,7 +170,9 @@ class Program(fx.GraphModule):
         if runner is None:
             from .plan.runner import PlanRunner  # plans are made by passes, which are made of Programs
 
-            self.__dict__[RUNNER] = runner = PlanRunner(self)
+            with _planning:  # one thread at a time: the others take what it made
+                runner = self.__dict__.get(RUNNER) or PlanRunner(self)
+                self.__dict__[RUNNER] = runner
         return runner
 
     def drop_plan(self) -> None:

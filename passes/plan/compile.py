@@ -152,7 +152,7 @@ def _is_own(builder: Builder, layout: Layout) -> bool:
 
 
 def _is_copy(node: Any) -> bool:
-    """Whether the graph copies a result: the caller may write into it, where a view would be of something else."""
+    """Whether the graph copies a result: a caller may write into it, and nothing else changes."""
     while isinstance(node, fx.Node) and node.target in VIEWS:
         operands = operands_of(node)
         if node.target in COPIES or operands.get("copy"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 NATIVE = Path(__file__).parents[2] / "runtime" / "native"
-DRIVER = Path(__file__).parent / "native" / "exercise.cpp"
+DRIVERS = sorted((Path(__file__).parent / "native").glob("exercise*.cpp"))
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 OPTIONS = ["-std=c++17", "-O1", "-g", "-fopenmp", f"-I{NATIVE}", "-fno-omit-frame-pointer"]
@@ -19,6 +19,8 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni",
 ISA_OPTIONS = {
     "kernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "kernels_avx512vnni": AVX512,
+    "floats_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "floats_avx512": AVX512,
     "kernels_amx": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
 
@@ -35,9 +37,11 @@ def test_kernels_touch_nothing_but_their_buffers(tmp_path: Path) -> None:
         return result
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile, [*sources, DRIVER]))
-    program = tmp_path / "exercise"
-    subprocess.run([str(COMPILER), *SANITIZERS, "-fopenmp", *map(str, objects), "-o", str(program)], check=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "3"})
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "cases up to" in done.stdout
+        library, drivers = list(pool.map(compile, sources)), list(pool.map(compile, DRIVERS))
+    for driver in drivers:
+        program, objects = driver.with_suffix(""), map(str, [*library, driver])
+        subprocess.run([str(COMPILER), *SANITIZERS, "-fopenmp", *objects, "-o", str(program), "-ldl"], check=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "3"}
+        done = subprocess.run([str(program)], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "cases up to" in done.stdout

@@ -132,7 +132,7 @@ def test_huge_scores(isa: str, queries: int) -> None:
 def test_what_is_no_number_comes_through(isa: str, queries: int, bad: float, operand: int) -> None:
     operands = [torch.randn(1, 2, queries, 8), torch.randn(1, 2, 21, 8), torch.randn(1, 2, 21, 8)]
     operands[operand][0, 0, -1, 3] = bad
-    found = attention(*operands)
+    found = attention(operands[0], operands[1], operands[2])
     scores = 0.3 * operands[0].double() @ operands[1].double().transpose(-1, -2)
     # As of the formula: what is infinite beside itself is no number, but for keys that then have no weight.
     expected = scores.softmax(-1) @ operands[2].double()

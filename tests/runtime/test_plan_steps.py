@@ -40,10 +40,11 @@ def exactly(input: Tensor, weight: Tensor | None, bias: Tensor | None, centered:
 @pytest.mark.parametrize("centered", [True, False])
 def test_normalize(isa: str, columns: int, centered: bool) -> None:
     input = torch.randn(5, columns) * torch.tensor([1e-3, 1.0, 3.0, 1e4, 1e15])[:, None] + 0.5
-    for parts in ((None, None), (torch.randn(columns), None), (torch.randn(columns), torch.randn(columns))):
-        expected = exactly(input, *parts, centered)
+    weight, bias = torch.randn(columns), torch.randn(columns)
+    for scaled, shifted in ((None, None), (weight, None), (weight, bias)):
+        expected = exactly(input, scaled, shifted, centered)
         largest = expected.abs().amax(-1, keepdim=True) + 1
-        assert (((normalized(input, *parts, centered) - expected) / largest).abs() < 2e-6).all()
+        assert (((normalized(input, scaled, shifted, centered) - expected) / largest).abs() < 2e-6).all()
 
 
 def test_normalize_of_rows_far_from_zero(isa: str) -> None:
@@ -237,8 +238,10 @@ def test_embedding_is_the_op(isa: str, text: str, outliers: str) -> None:
         codes=weight.codes,
         scale=weight.scale,
         zero_point=weight.zero_point,
-        **dict(zip(("outlier_values", "outlier_columns", "outlier_row_offsets"), sparse, strict=False)),
-        outliers_replace=sparse[3],
+        outlier_values=sparse[0],
+        outlier_columns=sparse[1],
+        outlier_row_offsets=sparse[2],
+        outliers_replace=bool(sparse[3]),
     )
     for count in (0, 1, 500):
         ids = torch.randint(0, 33, (count,))
@@ -261,8 +264,9 @@ KEEP = words(p.COPY, (0, 0, 0, 0, 4), [torch.zeros(0), torch.zeros(0)])
 @pytest.mark.parametrize("bad", [-1, 33, 2**40, -(2**62)])
 def test_an_id_without_a_row_fails_and_stops_what_follows(isa: str, bad: int) -> None:
     weight = Layer("affine4:row", rows=33, columns=70)
-    options = {"format": str(weight.format), "columns": 70, "outliers_replace": False}
-    layer = native_layers.embedding(codes=weight.codes, scale=weight.scale, **options)
+    layer = native_layers.embedding(
+        format=str(weight.format), columns=70, codes=weight.codes, scale=weight.scale, outliers_replace=False
+    )
     ids, out, after = torch.randint(0, 33, (200,)), torch.zeros(200, 70), torch.zeros(200, 70)
     ids[137] = bad
     step = words(p.EMBEDDING, (200,), [ids, out], layer=layer.address)

@@ -15,12 +15,12 @@ N, M = (sympy.Symbol(name, integer=True, positive=True) for name in "nm")
 
 
 def seen(layout: Layout, base: Tensor) -> Tensor:
-    return base.as_strided(layout.sizes, layout.strides, layout.offset)  # type: ignore[arg-type]
+    return base.as_strided(layout.sizes, layout.strides, layout.offset)
 
 
 def factored(count: int, draw: Any) -> list[int]:
     """Sizes with that product, some of them 1."""
-    sizes = []
+    sizes: list[int] = []
     while count > 1 and len(sizes) < 4:
         size = draw(st.sampled_from([d for d in range(1, count + 1) if count % d == 0]))
         sizes.append(size)
