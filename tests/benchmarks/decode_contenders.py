@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
+MODULES: tuple[str, ...] = ("transformers.models.gpt2.modeling_gpt2",)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -30,7 +32,8 @@ class Source:
         """In float32, ready to infer."""
         torch.manual_seed(0)
         # No token ends the text, or contenders would stop at different ones.
-        config = GPT2Config(**dict(self.config), attn_implementation=attention, eos_token_id=None, bos_token_id=None)
+        options: dict[str, Any] = {**dict(self.config), "attn_implementation": attention}
+        config = GPT2Config(**options, eos_token_id=None, bos_token_id=None)
         model = GPT2LMHeadModel(config)
         assert model.generation_config is not None
         model.generation_config.eos_token_id = None
@@ -78,14 +81,11 @@ class TorchDecoder(Decoding):
     def __init__(self, name: str, dtype: torch.dtype, compiled: bool = False) -> None:
         super().__init__(name, 8 * dtype.itemsize)
         self.dtype, self.compiled = dtype, compiled
+        self.modules = (*MODULES, "torch._inductor.compile_fx") if compiled else MODULES
 
     def prepare(self, source: Source, folder: Path) -> None:
-        source.model().to(self.dtype).save_pretrained(folder)
-
-    def imports(self) -> None:
-
-        if self.compiled:
-            import torch._inductor.compile_fx  # noqa: F401
+        model: Any = source.model()
+        model.to(self.dtype).save_pretrained(folder)
 
     def load(self, folder: Path, source: Source, threads: int) -> None:
         self._length = source.prompt + source.new
@@ -95,14 +95,23 @@ class TorchDecoder(Decoding):
             import torch._inductor.config
 
             torch._inductor.config.freezing = True
+
+    def begin(self, batch: int) -> None:
+        from transformers.cache_utils import StaticCache
+
+        if self.compiled:
+            # One cache for all texts: another would be another thing to compile for.
+            self._cache: Any = StaticCache(config=self._model.config, max_cache_len=self._length)
+            torch._dynamo.reset()
             self._call = torch.compile(self._model, dynamic=False)
 
     def prefill(self, ids: np.ndarray) -> np.ndarray:
-        from transformers.cache_utils import DynamicCache, StaticCache
+        from transformers.cache_utils import DynamicCache
 
-        self._cache: Any = DynamicCache()
         if self.compiled:
-            self._cache = StaticCache(config=self._model.config, max_cache_len=self._length)
+            self._cache.reset()
+        else:
+            self._cache = DynamicCache()
         return self._logits(self._model, ids)
 
     def step(self, ids: np.ndarray) -> np.ndarray:
@@ -118,6 +127,7 @@ class PackedDecoder(Decoding):
     dynamically to 8 bits."""
 
     library = PREQUANT
+    modules = (*MODULES, "prequant.checkpoint", "prequant.generation")
 
     def __init__(self, format: str, bits: int, compress: str) -> None:
         super().__init__(f"prequant {format}, affine8:row", bits)
@@ -127,17 +137,13 @@ class PackedDecoder(Decoding):
         import prequant as pq
 
         program = pq.trace(source.model(), {"input_ids": torch.ones(2, 12, dtype=torch.int64)})
-        pq.lower(pq.Pipeline.parse(self.pipeline)(program)).save_pretrained(folder)
-
-    def imports(self) -> None:
-
-        import prequant.generation  # noqa: F401
+        pq.save(pq.lower(pq.Pipeline.parse(self.pipeline)(program)), folder)
 
     def load(self, folder: Path, source: Source, threads: int) -> None:
         import prequant as pq
         from prequant.generation import with_cache
 
-        self._decoder = with_cache(pq.load(folder))
+        self._decoder: Any = with_cache(pq.load(folder))
 
     def prefill(self, ids: np.ndarray) -> np.ndarray:
         self._cache: Any = None
@@ -203,11 +209,15 @@ class WithPast(nn.Module):
         return ["input_ids", *(f"past_{key}" for key in keys)], ["logits", *(f"present_{key}" for key in keys)]
 
     def forward(self, input_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        from transformers.cache_utils import DynamicCache
+        from transformers.cache_utils import DynamicCache, DynamicLayer
 
-        cache = DynamicCache()
-        for layer in range(self.layers):
-            cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        cache: Any = DynamicCache()
+        for keys, values in zip(past[::2], past[1::2], strict=True):
+            # As if they had been added before: adding them would join each to nothing in the graph.
+            layer = DynamicLayer()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            cache.layers.append(layer)
         found = self.model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         present = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
         return (found.logits[:, -1], *present)

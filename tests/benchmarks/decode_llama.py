@@ -64,6 +64,7 @@ class LlamaDecoder(Decoding):
         writer.close()
 
     def imports(self) -> None:
+        """Also starts llama.cpp up, without its messages."""
         import llama_cpp
 
         self._quiet = llama_cpp.llama_log_callback(lambda *_: None)
@@ -81,6 +82,7 @@ class LlamaDecoder(Decoding):
             raise RuntimeError(f"llama.cpp does not load {path.decode()}")
         self._vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._context: Any = None
+        self._batch: Any = None
         self.begin(source.batches[0])
 
     def begin(self, batch: int) -> None:

@@ -21,6 +21,7 @@ class OnnxDecoder(Decoding):
     """ONNX Runtime; keys and values go from call to call as its own values, which are not copied."""
 
     library = "onnxruntime"
+    modules = ("onnxruntime",)
 
     def prepare(self, source: Source, folder: Path) -> None:
         self._export(source, folder / "model.onnx")
@@ -42,9 +43,6 @@ class OnnxDecoder(Decoding):
                 dynamo=True,
                 external_data=False,
             )
-
-    def imports(self) -> None:
-        import onnxruntime  # noqa: F401
 
     def load(self, folder: Path, source: Source, threads: int) -> None:
         import onnxruntime
@@ -105,6 +103,7 @@ class OpenVinoDecoder(Decoding):
     """OpenVINO, with keys and values as its state, and weights compressed by NNCF if they have 8 or 4 bits."""
 
     library = "openvino"
+    modules = ("openvino",)
 
     def prepare(self, source: Source, folder: Path) -> None:
         import openvino
@@ -136,9 +135,6 @@ class OpenVinoDecoder(Decoding):
                 return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
             mode = nncf.CompressWeightsMode.INT4_SYM
             return nncf.compress_weights(model, mode=mode, ratio=1.0, group_size=BLOCK, all_layers=True)
-
-    def imports(self) -> None:
-        import openvino  # noqa: F401
 
     def load(self, folder: Path, source: Source, threads: int) -> None:
         import openvino

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ class Packed(Encoding):
     """prequant: weights and embeddings in a format, inputs of linears quantized dynamically to 8 bits, or not."""
 
     library = PREQUANT
+    modules = ("prequant.checkpoint", "transformers.models.bert.modeling_bert")
 
     def __init__(self, format: str, bits: int, compress: str, quantized_inputs: bool) -> None:
         """``compress`` is the text of the pass that compresses the weights."""
@@ -39,20 +41,17 @@ class Packed(Encoding):
 
         example = {name: torch.ones(2, 12, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
         program = pq.trace(source.model(), example)
-        pq.lower(pq.Pipeline.parse(self.pipeline)(program)).save_pretrained(folder)
-
-    def imports(self) -> None:
-        import transformers.models.bert.modeling_bert  # noqa: F401
+        pq.save(pq.lower(pq.Pipeline.parse(self.pipeline)(program)), folder)
 
     def load(self, folder: Path, source: Source, cell: Cell, threads: int) -> None:
         import prequant as pq
 
         if not hasattr(self, "_program"):
-            self._program = pq.load(folder)
+            self._program: Any = pq.load(folder)
 
     def run(self, batch: Batch) -> np.ndarray:
         found = self._program(input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(batch.mask))
-        return found[0].numpy()
+        return np.asarray(found[0].numpy())
 
 
 def packed() -> list[Encoding]:

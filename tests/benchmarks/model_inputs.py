@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,17 +71,18 @@ class Source:
     def model(self, attention: str = "sdpa") -> nn.Module:
         """In float32, ready to infer, without a head; ``attention`` is an implementation of transformers'."""
         if self.config is None:
-            return AutoModel.from_pretrained(  # type: ignore[no-any-return]
+            return AutoModel.from_pretrained(
                 encoder_folder(), attn_implementation=attention, add_pooling_layer=False
             ).eval()
         torch.manual_seed(0)
-        config = BertConfig(**dict(self.config), attn_implementation=attention)
+        config = BertConfig(**self._options)
+        config._attn_implementation = attention
         return BertModel(config, add_pooling_layer=False).eval()
 
     def skeleton(self) -> nn.Module:
         """The model on the meta device."""
         folder = encoder_folder()
-        config = AutoConfig.from_pretrained(folder) if self.config is None else BertConfig(**dict(self.config))
+        config = AutoConfig.from_pretrained(folder) if self.config is None else BertConfig(**self._options)
         with torch.device("meta"):
             return BertModel(config, add_pooling_layer=False).eval()
 
@@ -105,9 +107,13 @@ class Source:
         return [Batch(part, np.ones_like(part)) for part in np.split(ids, CALIBRATION_BATCHES)]
 
     @property
+    def _options(self) -> dict[str, Any]:
+        return dict(self.config or ())
+
+    @property
     def model_vocabulary(self) -> int:
         """Ids that random tokens are drawn from."""
-        return dict(self.config or ()).get("vocab_size", BertConfig().vocab_size)
+        return int(self._options.get("vocab_size", BertConfig().vocab_size))
 
 
 @functools.cache

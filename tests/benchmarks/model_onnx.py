@@ -24,6 +24,7 @@ class Onnx(Encoding):
     """
 
     library = "onnxruntime"
+    modules = ("onnxruntime",)
 
     def prepare(self, source: Source, folder: Path) -> None:
         self._write(source, folder, fuse_attention=True)
@@ -61,9 +62,6 @@ class Onnx(Encoding):
         )
         optimized.save_model_to_file(str(path))
         return path
-
-    def imports(self) -> None:
-        import onnxruntime  # noqa: F401
 
     def load(self, folder: Path, source: Source, cell: Cell, threads: int) -> None:
         import onnxruntime

@@ -21,6 +21,7 @@ class OpenVino(Encoding):
     """The model as OpenVINO converts it, compiled for the shape of each cell, or for any if a cell has several."""
 
     library = "openvino"
+    modules = ("openvino",)
 
     def __init__(self, name: str, bits: int, precision: str = "") -> None:
         """``precision`` is the one to compute in, or what OpenVINO chooses: bf16 where the processor has it."""
@@ -44,9 +45,6 @@ class OpenVino(Encoding):
 
     def _compressed(self, model: Any, source: Source) -> Any:
         return model
-
-    def imports(self) -> None:
-        import openvino  # noqa: F401
 
     def load(self, folder: Path, source: Source, cell: Cell, threads: int) -> None:
         import openvino

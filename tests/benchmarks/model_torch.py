@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,20 @@ from model_contenders import Encoding, torch_encoder  # type: ignore[import-not-
 from model_inputs import Batch, Cell, Encoder, Source  # type: ignore[import-not-found]
 from torch import nn
 
+MODULES: tuple[str, ...] = ("transformers.models.bert.modeling_bert",)
+INDUCTOR = "torch._inductor.compile_fx"
+INT4 = "torchao.prototype.quantization.int4"
+PT2E = "torchao.quantization.pt2e.quantize_pt2e"
+X86 = "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer"
+
 
 class TorchContender(Encoding):
     """A module, called with tensors: ``ids, mask  ->  hidden states``."""
 
     library = "torch"
+    modules = MODULES
     _model: nn.Module
     _call: Any
-
-    def imports(self) -> None:
-        import transformers.models.bert.modeling_bert  # noqa: F401
 
     def run(self, batch: Batch) -> np.ndarray:
         found: torch.Tensor = self._call(torch.from_numpy(batch.ids), torch.from_numpy(batch.mask))
@@ -44,14 +49,10 @@ class Torch(TorchContender):
     def __init__(self, name: str, dtype: torch.dtype, compiled: bool = False) -> None:
         super().__init__(name, 8 * dtype.itemsize)
         self.dtype, self.compiled = dtype, compiled
+        self.modules = (*MODULES, INDUCTOR) if compiled else MODULES
 
     def prepare(self, source: Source, folder: Path) -> None:
         source.model().to(self.dtype).save_pretrained(folder)
-
-    def imports(self) -> None:
-        super().imports()
-        if self.compiled:
-            import torch._inductor.compile_fx  # noqa: F401
 
     def load(self, folder: Path, source: Source, cell: Cell, threads: int) -> None:
         from transformers import AutoModel
@@ -67,6 +68,7 @@ class TorchAo(TorchContender):
     """torchao's ``quantize_``, then compiled. Its config is made in the process that needs it."""
 
     library = "torchao"
+    modules = (*MODULES, INDUCTOR, "torchao.quantization", INT4)
 
     def __init__(self, name: str, bits: int, dtype: torch.dtype) -> None:
         super().__init__(name, bits)
@@ -77,9 +79,7 @@ class TorchAo(TorchContender):
 
         if self.bits == 8:
             return Int8DynamicActivationInt8WeightConfig()
-        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
-
-        return PrototypeInt4WeightOnlyConfig(group_size=64)
+        return importlib.import_module(INT4).PrototypeInt4WeightOnlyConfig(group_size=64)
 
     def prepare(self, source: Source, folder: Path) -> None:
         from torchao.quantization import quantize_
@@ -89,12 +89,6 @@ class TorchAo(TorchContender):
         # Not the module, which can't be pickled; and buffers that a state dict leaves out, too.
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         torch.save(tensors, folder / "model.pt")
-
-    def imports(self) -> None:
-        super().imports()
-        import torch._inductor.compile_fx  # noqa: F401
-
-        self._config()
 
     def load(self, folder: Path, source: Source, cell: Cell, threads: int) -> None:
         if not hasattr(self, "_model"):
@@ -111,30 +105,21 @@ class TorchAoStatic(TorchContender):
     calibrated, then compiled."""
 
     library = "torchao"
+    modules = (*MODULES, INDUCTOR, PT2E, X86)
 
     def prepare(self, source: Source, folder: Path) -> None:
-        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-        from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
-            X86InductorQuantizer,
-            get_default_x86_inductor_quantization_config,
-        )
+        pt2e, x86 = importlib.import_module(PT2E), importlib.import_module(X86)
 
         example = tuple(torch.ones(2, 16, dtype=torch.int64) for _ in range(2))
         axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
         dynamic = {"input_ids": axes, "attention_mask": axes}
         exported = torch.export.export(torch_encoder(source), example, dynamic_shapes=dynamic).module()
-        quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
-        prepared = prepare_pt2e(exported, quantizer)
+        quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+        prepared = pt2e.prepare_pt2e(exported, quantizer)
         for batch in source.calibration():
             prepared(torch.from_numpy(batch.ids), torch.from_numpy(batch.mask))
-        converted = convert_pt2e(prepared)
+        converted = pt2e.convert_pt2e(prepared)
         torch.export.save(torch.export.export(converted, example, dynamic_shapes=dynamic), folder / "model.pt2")
-
-    def imports(self) -> None:
-        super().imports()
-        import torch._inductor.compile_fx  # noqa: F401
-        import torchao.quantization.pt2e.quantize_pt2e
-        import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
 
     def load(self, folder: Path, source: Source, cell: Cell, threads: int) -> None:
         if not hasattr(self, "_model"):

@@ -3,6 +3,7 @@ own, and what loading them takes."""
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 import time
@@ -36,6 +37,8 @@ class Contender(ABC):
     """
 
     library: str
+    modules: tuple[str, ...] = ()
+    """What ``imports`` imports."""
     tolerance = 0.3
     """How far a peer's output may be from the reference's, relative to its norm. Beyond, it does not count."""
 
@@ -51,9 +54,10 @@ class Contender(ABC):
     def prepare(self, source: Any, folder: Path) -> None:
         """Write all that is loaded into the empty ``folder``, and nothing else."""
 
-    @abstractmethod
     def imports(self) -> None:
         """Import what it takes to load and run, so that it does not count as the model's memory."""
+        for module in self.modules:
+            importlib.import_module(module)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The benchmarks stay runnable: each in its smallest form. What they measure here means nothing."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,8 +55,69 @@ def test_linear_measures_prequant_and_its_peers(tmp_path: Path) -> None:
         assert f"\n| {name} | " in table
 
 
-def test_linear_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_model_measures_prequant_and_its_peers(tmp_path: Path) -> None:
+    names = ["torch fp32", "prequant affine8:row, affine8:row", "prequant affine8:row, float32"]
+    quick = ("--repeats", 2, "--warmup", 0, "--lead-ms", 0, "--block-ms", 0, "--threads", 1)
+    chosen = ("--model", "tiny", "--contender", "prequant affine8")
+    done = run("model.py", "--work", tmp_path / "work", *chosen, *quick, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    # Compiled peers would take minutes here. Nobody who was asked for may be missing.
+    found: dict[str, Any] = json.loads((tmp_path / "model.json").read_text())
+    assert found["absent"] == {} and found["circumstances"]["threads"] == "1"
+
+    rows = found["measurements"]
+    assert [(row["cell"], row["name"]) for row in rows] == [
+        (cell, name) for cell in ("batch 1, length 16", "batch 2, length 8") for name in names
+    ]
+    for row in rows:
+        assert 0 < row["p10"] <= row["median"] <= row["p90"] and row["throughput"] > 0
+        # 8 bits are near the float model, and are not it.
+        near = (0, 1e-6) if row["name"] == "torch fp32" else (1e-4, 0.02)
+        assert near[0] <= row["error"] <= near[1] and row["cosine"] > 0.999
+    for name in names[1:]:
+        fp32, ours = (next(row for row in rows if row["name"] == which) for which in (names[0], name))
+        assert ours["over_fp32"] == ours["over_best_peer"] == pytest.approx(fp32["median"] / ours["median"])
+        assert ours["best_peer"] == "torch fp32" and ours["best_peer_of_width"] is None
+
+    loaded = {row["name"]: row for row in found["loaded"]}
+    assert list(loaded) == names
+    for name in names:
+        folder = tmp_path / "work/tiny" / re.sub(r"[^a-z0-9]+", "-", name)
+        assert loaded[name]["disk"] == sum(file.stat().st_size for file in folder.iterdir()) > 0
+        assert loaded[name]["peak"] > 0 and loaded[name]["load"] > 0 and loaded[name]["first_call"] > 0
+    assert loaded[names[1]]["disk"] < loaded[names[0]]["disk"] / 2
+
+    table = (tmp_path / "model.md").read_text(encoding="utf-8")
+    assert done.stdout.strip() == table.strip()
+    for name in names:
+        assert table.count(f"\n| {name} | ") == 3
+
+
+@pytest.mark.slow
+def test_decode_measures_its_peers(tmp_path: Path) -> None:
+    names = ["torch fp32", "torch bf16"]
+    quick = ("--repeats", 2, "--warmup", 0, "--lead-ms", 0, "--threads", 1)
+    chosen = ("--model", "tiny", "--contender", "torch bf16")
+    done = run("decode.py", "--work", tmp_path / "work", *chosen, *quick, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads((tmp_path / "decode.json").read_text())
+    rows = [row for row in found["measurements"] if row["name"] in names]
+    assert [(row["batch"], row["name"]) for row in rows] == [(batch, name) for batch in (1, 2) for name in names]
+    for row in rows:
+        assert 0 < row["step_p10"] <= row["step"] <= row["step_p90"] and row["prefill"] > 0
+        assert row["whole_tokens_per_second"] > 0 and row["tokens_per_second"] > 0
+        assert row["error"] <= (1e-6 if row["name"] == "torch fp32" else 0.05) and row["cosine"] > 0.99
+    table = (tmp_path / "decode.md").read_text(encoding="utf-8")
+    assert done.stdout.strip() == table.strip()
+
+
+def test_they_refuse_what_they_do_not_know(tmp_path: Path) -> None:
     for words, message in ((("--peers", "tensorflow"), "tensorflow"), (("--shape", "64x100"), "multiple of 64")):
         done = run("linear.py", *words, "--out", tmp_path)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    for script in ("model.py", "decode.py"):
+        for words in (("--model", "gpt5"), ("--contender", "tensorflow")):
+            done = run(script, "--work", tmp_path / "work", *words, "--out", tmp_path)
+            assert done.returncode == 2 and words[1] in done.stderr and "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
