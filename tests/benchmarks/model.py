@@ -42,7 +42,7 @@ def main(
     work: Annotated[Path, typer.Option(help="Folder where what contenders load is kept.")],
     model: Annotated[list[str], typer.Option(help=f"Some of {', '.join(SOURCES)}.")] = MODELS,
     contender: Annotated[
-        list[str], typer.Option(help=f"Only those with this in their name; {REFERENCE} is always there.")
+        list[str], typer.Option(help=f"Only the one so called, or all with this in their name; {REFERENCE} always.")
     ] = [""],  # noqa: B006
     threads: Annotated[int, typer.Option(min=0, help="0 for all.")] = 0,
     repeats: Annotated[int, typer.Option(min=1, help="Turns.")] = 9,

@@ -207,11 +207,18 @@ def compared(
 
 
 def chosen_of(everybody: Sequence[Contender], parts: Sequence[str]) -> list[Contender]:
-    """Those with one of ``parts`` in their name, and the reference. Raises ``ValueError`` for a part in nobody's."""
+    """The reference and those that ``parts`` name, or that have one of them in their name.
+
+    Raises ``ValueError`` for a part in nobody's.
+    """
+    names = [contender.name for contender in everybody]
+    chosen = {REFERENCE}
     for part in parts:
-        if not any(part in c.name for c in everybody):
-            raise ValueError(f"{part!r}: it is in none of {[c.name for c in everybody]}")
-    return [c for c in everybody if c.name == REFERENCE or any(part in c.name for part in parts)]
+        found = [part] if part in names else [name for name in names if part in name]
+        if not found:
+            raise ValueError(f"{part!r}: it is in none of {names}")
+        chosen.update(found)
+    return [contender for contender in everybody if contender.name in chosen]
 
 
 def ratios(one: Any, cell: Sequence[Any], time: str) -> dict[str, Any]:
