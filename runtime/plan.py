@@ -166,7 +166,7 @@ class _Place:
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int
-    bytes: int  # of the buffer, if it is the plan's own; else 0
+    bytes: int | None  # of the buffer, if it is the plan's own
     whole: bool  # in order, from the buffer's beginning
 
 
@@ -338,7 +338,7 @@ class _Workspace:
         return value
 
     def _tensor(self, place: _Place) -> Tensor:
-        if place.bytes:
+        if place.bytes is not None:
             start = int(self.addresses[place.buffer]) - self.arena.data_ptr()
             base = self.arena[start : start + place.bytes].view(place.dtype)
         else:
@@ -362,7 +362,7 @@ def _sized(plan: Plan, numbers: Numbers, value: Any) -> Any:
             for axis, (size, stride) in enumerate(zip(sizes, strides, strict=True))
         )
         offset = numbers[value.offset]
-        place = (value.buffer, value.dtype, sizes, strides, offset, numbers[buffer.bytes] if buffer.own else 0)
+        place = (value.buffer, value.dtype, sizes, strides, offset, numbers[buffer.bytes] if buffer.own else None)
         return _Place(*place, in_order and offset == 0)
     if isinstance(value, Number):
         return numbers[value.entry]

@@ -197,7 +197,7 @@ def test_copy(isa: str, dtype: torch.dtype) -> None:
 
 def layer_of(weight: Layer, activation: str = "", input_format: str = "", bias: bool = True) -> native_layers.Layer:
     outliers = weight.outliers
-    return native_layers.linear(
+    linear = native_layers.linear(
         format=str(weight.format),
         columns=weight.columns,
         codes=weight.codes,
@@ -211,6 +211,7 @@ def layer_of(weight: Layer, activation: str = "", input_format: str = "", bias: 
         input_format=input_format,
         activation=activation,
     )
+    return native_layers.together([linear])
 
 
 @pytest.mark.parametrize("text", ["affine4:row", "affine3:group64:asym", "ternary:row", "binary:row", "bcq2:row"])
