@@ -1,5 +1,5 @@
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prequant.runtime.arena import ALIGNMENT, placed
@@ -12,6 +12,7 @@ def meet(one: tuple[int, int], other: tuple[int, int]) -> bool:
     return one[0] <= other[1] and other[0] <= one[1]
 
 
+@settings(deadline=None)
 @given(buffers)
 def test_what_lives_at_the_same_time_lies_apart(buffers: list[tuple[int, tuple[int, int]]]) -> None:
     sizes = np.array([size for size, _ in buffers], dtype=np.int64)
@@ -24,6 +25,7 @@ def test_what_lives_at_the_same_time_lies_apart(buffers: list[tuple[int, tuple[i
             assert apart or not meet(life, other_life) or not (size and other_size)
 
 
+@settings(deadline=None)
 @given(buffers)
 def test_memory_lies_between_the_fullest_step_and_all_buffers(buffers: list[tuple[int, tuple[int, int]]]) -> None:
     sizes = np.array([size for size, _ in buffers], dtype=np.int64)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -61,6 +61,7 @@ def view(data: Any, layout: Layout, tensor: Tensor) -> tuple[Layout | None, Tens
         return layout.viewed(sizes), None
 
 
+@settings(deadline=None)
 @given(st.data(), st.lists(st.integers(0, 4), max_size=4))
 def test_views_are_those_of_torch(data: Any, sizes: list[int]) -> None:
     base = torch.arange(int(torch.Size(sizes).numel()), dtype=torch.float32)
