@@ -143,7 +143,8 @@ class PackedDecoder(Decoding):
         import prequant as pq
         from prequant.generation import with_cache
 
-        self._decoder: Any = with_cache(pq.load(folder))
+        program: Any = pq.load(folder)
+        self._decoder: Any = with_cache(program)
 
     def prefill(self, ids: np.ndarray) -> np.ndarray:
         self._cache: Any = None

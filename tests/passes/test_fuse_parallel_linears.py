@@ -269,8 +269,8 @@ def test_a_static_input_scale_trains() -> None:
 
 def test_lower_fuses() -> None:
     program = lower(Pipeline([Canonicalize(), QuantizeWeights()])(trace(Attention().eval(), mlp_inputs())))
-    names = [report.source.partition("{")[0] for report in program.reports[-3:]]
-    assert names == ["lower", "fuse-epilogue", "fuse-parallel-linears"]
+    names = [report.source.partition("{")[0] for report in program.reports]
+    assert "fuse-parallel-linears" in names[names.index("fuse-epilogue") :]
     assert fused(program) == ALL
 
 
