@@ -66,22 +66,22 @@ class Measurement:
 class DecoderStand(Stand):
     """A decoder that is being measured."""
 
-    def load(self) -> None:
+    def get_inputs(self) -> None:
         self._contender, self._source = cast(Decoding, self.contender), cast(Source, self.source)
+        self._ids = self._source.ids(self._source.batches[0], self._source.prompt)
+
+    def load(self) -> None:
         self._contender.load(self.folder, self._source, self.plan.threads)
-        self._set_batch(self._source.batches[0])
+        self._contender.begin(self._source.batches[0])
 
     def first_call(self) -> None:
         self._contender.step(self._contender.prefill(self._ids).argmax(-1))
 
-    def _set_batch(self, batch: int) -> None:
-        self._contender.begin(batch)
-        self._ids = self._source.ids(batch, self._source.prompt)
-
     def begin(self, batch: int) -> list[np.ndarray]:
         """Get ready for turns with so many texts; logits after the prompt and after some given tokens."""
         with torch.inference_mode():
-            self._set_batch(batch)
+            self._contender.begin(batch)
+            self._ids = self._source.ids(batch, self._source.prompt)
             outputs = [np.array(self._contender.prefill(self._ids), dtype=np.float32)]
             for ids in self._source.ids(batch, CHECKED, seed=1).T:
                 outputs.append(np.array(self._contender.step(ids), dtype=np.float32))

@@ -58,13 +58,16 @@ class Measurement:
 class EncoderStand(Stand):
     """An encoder that is being measured."""
 
-    def load(self) -> None:
+    def get_inputs(self) -> None:
         self._contender, self._source = cast(Encoding, self.contender), cast(Source, self.source)
         self._cell = self._source.cells[0]
+        self._first = self._source.batches(self._cell)[0]
+
+    def load(self) -> None:
         self._contender.load(self.folder, self._source, self._cell, self.plan.threads)
 
     def first_call(self) -> None:
-        self._contender.run(self._source.batches(self._cell)[0])
+        self._contender.run(self._first)
 
     def begin(self, cell: Cell) -> list[np.ndarray]:
         """Get ready for turns on ``cell``; the outputs of its batches, without those of padding."""
