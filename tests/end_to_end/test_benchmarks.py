@@ -95,10 +95,10 @@ def test_model_measures_prequant_and_its_peers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_decode_measures_its_peers(tmp_path: Path) -> None:
-    names = ["torch fp32", "torch bf16"]
+def test_decode_compares_generation(tmp_path: Path) -> None:
+    names = ["torch fp32", "torch bf16", "prequant affine8:row, affine8:row"]
     quick = ("--repeats", 2, "--warmup", 0, "--lead-ms", 0, "--threads", 1)
-    chosen = ("--model", "tiny", "--contender", "torch bf16")
+    chosen = ("--model", "tiny", "--contender", "torch bf16", "--contender", "prequant affine8")
     done = run("decode.py", "--work", tmp_path / "work", *chosen, *quick, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads((tmp_path / "decode.json").read_text())
