@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import fx
 from transformers import DynamicCache
 
 from prequant import lower
@@ -22,6 +21,7 @@ from prequant.passes import (
     Verify,
     propagate_shapes,
 )
+from prequant.passes.packed import PackedUse, packed_uses, packed_weight_name
 from prequant.runtime import PrequantError, ops
 from prequant.trace import trace
 
@@ -58,20 +58,25 @@ def test_the_graphs_read_the_very_tensors_of_the_program(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_linear_has_the_form_that_it_has_in_the_program(name: str) -> None:
     packed = lower(Pipeline([QuantizeActivations(bits=8)])(quantized(name)))
-    forms = {str(node.args[1].target): dict(node.kwargs) for node in linears(packed)}  # type: ignore[union-attr]
+    forms = {packed_weight_name(use): form(use) for use in linears(packed)}
     graphs = with_cache(packed).graphs  # type: ignore[arg-type]
     found: dict[str, Any] = {}
     for graph in filter(None, (graphs.prefill, graphs.encoder)):
         assert not any(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default))
-        found |= {str(node.args[1].target): dict(node.kwargs) for node in linears(graph)}  # type: ignore[union-attr]
+        found |= {packed_weight_name(use): form(use) for use in linears(graph)}
     assert found == forms, "activations are fused into them as they were"
     assert len(linears(graphs.decode)) == len(linears(graphs.prefill)) - (4 if graphs.encoder else 0), (
         "keys and values of cross-attention are not computed again"
     )
 
 
-def linears(program: Any) -> list[fx.Node]:
-    return list(program.graph.find_nodes(op="call_function", target=ops.packed_linear))
+def linears(program: Any) -> list[PackedUse]:
+    return [use for use in packed_uses(program.graph) if use.kind == "linear"]
+
+
+def form(use: PackedUse) -> tuple[Any, ...]:
+    alone = use.node.target is ops.packed_linear
+    return alone, *(use.operands[name] for name in ("format", "columns", "input_format", "activation"))
 
 
 def test_the_cache_is_plain_tensors() -> None:
