@@ -264,8 +264,10 @@ def test_the_file_is_the_report_with_settings_seed_and_versions(
         "lower",
         "train",
         "freeze",
+        "compose-ops",
         "fuse-epilogue",
         "fuse-parallel-linears",
+        "plan",
     ]
     assert recorded_errors(out) == {row.name: row.sqnr for row in report.weights if row.sqnr is not None}
     run(PreQuant(training=TrainingSettings(max_steps=1)))
