@@ -43,7 +43,7 @@ _SCHEMAS = {
     "packed_embedding": f"(Tensor ids, Tensor codes, Tensor scale, Tensor? zero_point, {_OUTLIERS}, "
     "*, str format, int columns, int padding_idx=-1, ScalarType? dtype=None) -> Tensor",
 }
-"""Options go by keyword alone, but for those of packed linears: torch takes half a microsecond for each that has to.
+"""Options go by keyword alone, but for those of packed linears: keywords cost torch more, at every call.
 ``packed_linear`` has defaults for them because a schema asks for some behind ``residual``; there is no weight without a
 format."""
 

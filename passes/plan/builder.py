@@ -15,8 +15,6 @@ from prequant.runtime.native_layers import Layer
 from ..program import Program
 from .layout import Layout, Size, product, size_of
 
-UNKNOWN = runtime_plan.ABSENT
-
 
 @dataclass(frozen=True)
 class LayerRequest:
@@ -40,7 +38,7 @@ class LayerRequest:
 
 @dataclass
 class Step:
-    """A native step; see ``prequant_step``. Operands in the order that the kind has them. ````layers``: an
+    """A native step; see ``prequant_step``. Operands in the order that the kind has them. ``layers``: an
     embedding's, or those of linears on one input. ``ids`` are those of an embedding, and how many rows it has.
     """
 
@@ -149,7 +147,7 @@ class Builder:
         """Add a call of PyTorch."""
         assert self.node is not None
         read = {layout.buffer for layout in _layouts((call.args, call.kwargs))}
-        written = frozenset(buffer for buffer in call.results if buffer != UNKNOWN)
+        written = frozenset(buffer for buffer in call.results if buffer != runtime_plan.ABSENT)
         self.units.append(Unit(call, self.node, frozenset(read), written))
 
     def copied(self, layout: Layout) -> Layout:

@@ -81,6 +81,9 @@ class PlanRunner:
         state, made = _state(tensors), self._made
         if made is None or made[0] != state:
             with self._lock:
+                made = self._made
+                if made is not None and made[0] == state:
+                    return made[1]  # another thread has made it
                 if list(map(_kind, tensors)) != self._kinds:
                     return self._renewed(program, inputs)
                 # The addresses of the tensors that it was made of are known for as long as these live.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -233,7 +232,7 @@ def _cat(builder: Builder, node: fx.Node, operands: dict[str, Any]) -> Layout | 
     axis, start = operands.get("dim", 0) % value.dim(), 0
     out = builder.buffer(value.dtype, sizes_of(value))
     for part in parts:
-        builder.copy(part, replace(out.sliced(axis, start, part.sizes[axis])))
+        builder.copy(part, out.sliced(axis, start, part.sizes[axis]))
         start = start + part.sizes[axis]
     return out
 

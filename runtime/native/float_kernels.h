@@ -1,4 +1,4 @@
-// Float arithmetic of a plan's steps (plan.h) that are no linear: what one instruction set provides.
+// Float arithmetic of a plan's steps (prequant_plan.h) that are no linear: what one instruction set provides.
 
 #ifndef PREQUANT_FLOAT_KERNELS_H
 #define PREQUANT_FLOAT_KERNELS_H

@@ -43,7 +43,7 @@ void run_member(void *data) {
     team.work(team.context, gomp().thread_number(), gomp().thread_count());
 }
 
-constexpr uint32_t kLooks = 4096;  // some 100 us
+constexpr uint32_t kLooks = 4096;  // far longer than a step takes
 
 }  // namespace
 

@@ -1,9 +1,8 @@
 """How calls are timed: in their steady state, and in turns, so that whatever else the machine does slows them all.
 
 A turn is a lead of calls that don't count and a block of calls that is timed as a whole. The lead matters: threads that
-were asleep, cores that ran something else, and caches that others have filled since take a few milliseconds to come
-back. (A product of 120 µs took 370 µs in the first call after a pause of 5 ms, and 20 calls until it took 120 again.)
-A program that computes has that behind it, and it is not what the contenders differ in.
+were asleep, cores that ran something else, and caches that others have filled since take a while to come
+back. A program that computes has that behind it, and it is not what the contenders differ in.
 """
 
 import gc
