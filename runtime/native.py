@@ -5,8 +5,10 @@ single wheel serves every version of both. An installation without it is complet
 compiler was at hand, and the operators run on their reference implementations.
 """
 
+import contextlib
 import ctypes
 import functools
+import mmap
 import os
 import sys
 import warnings
@@ -91,6 +93,9 @@ MAX_LINEARS = 16
 ALIGNMENT = 64
 """Bytes that panels and scratch are aligned to."""
 
+LARGE_PAGE = 1 << 21
+"""Bytes of a large page of memory, on the processors that have them."""
+
 BAD_ROW, SMALL_SCRATCH = 5, 6
 
 STATUS = {
@@ -110,9 +115,19 @@ def check(status: int, what: str) -> None:
 
 
 def aligned_bytes(count: int) -> torch.Tensor:
-    """``count`` uninitialised bytes that begin at a multiple of :data:`ALIGNMENT`, as the kernels ask for."""
-    memory = torch.empty(count + ALIGNMENT, dtype=torch.uint8)
-    start = -memory.data_ptr() % ALIGNMENT
+    """``count`` uninitialised bytes that begin at a multiple of :data:`ALIGNMENT`, as the kernels ask for.
+
+    Large memory is asked for in large pages, where the system has some: kernels walk through it in strides, and would
+    wait for the page tables.
+    """
+    if count >= LARGE_PAGE // 2 and sys.platform == "linux":
+        private = mmap.mmap(-1, count + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a system without
+            private.madvise(mmap.MADV_HUGEPAGE)
+        memory, alignment = torch.frombuffer(private, dtype=torch.uint8), LARGE_PAGE
+    else:
+        memory, alignment = torch.empty(count + ALIGNMENT, dtype=torch.uint8), ALIGNMENT
+    start = -memory.data_ptr() % alignment
     return memory[start : start + count]
 
 

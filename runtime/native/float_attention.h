@@ -1,4 +1,4 @@
-// Attention of float_kernels.h over vectors of PREQUANT_LANES floats.
+// Attention of float_kernels.h over the processor's vectors.
 //
 // A block is up to kQueryBlock queries of one head. Keys are laid out once for all blocks of a head, transposed in
 // panels of kVectors vectors of keys, [panel][depth][keys], so that scores are sums of vectors; values are read as they
@@ -7,12 +7,13 @@
 #ifndef PREQUANT_FLOAT_ATTENTION_H
 #define PREQUANT_FLOAT_ATTENTION_H
 
-#include "float_vectors.h"
+#include "attention_head.h"
+#include "sections.h"
 
 namespace {
 
 constexpr int kRowsAtOnce = 4;
-constexpr int kVectors = PREQUANT_LANES == 16 ? 4 : 2;
+constexpr int kVectors = kLanes == 16 ? 4 : 2;
 constexpr int64_t kPanelKeys = kVectors * kLanes;
 constexpr int64_t kFewestTransposed = 4;  // queries
 
@@ -70,25 +71,25 @@ inline void multiply_rows(const float *a, int64_t a_row, int64_t rows, const flo
     }
 }
 
-struct Head {
+struct VectorAttention {
     const Attention &a;
-    int64_t batch, head;
     float *keys_by_depth;  // [panels][depth][kPanelKeys]
     float *scores;         // [kQueryBlock][padded keys]
 
+    VectorAttention(const Attention &attention, Sections &scratch)
+        : a(attention), keys_by_depth(scratch.take<float>(padded_keys() * a.depth * 4)),
+          scores(scratch.take<float>(kQueryBlock * padded_keys() * 4)) {}
+
     int64_t padded_keys() const { return (a.keys + kPanelKeys - 1) / kPanelKeys * kPanelKeys; }
 
-    const float *at(const Strided &tensor, int64_t of_head, int64_t token) const {
-        return tensor.floats() + batch * tensor.strides[0] + of_head * tensor.strides[1] + token * tensor.strides[2];
-    }
-    int64_t key_head() const { return head / a.heads_per_key; }
-
-    void transpose_keys() const {
+    // Before a head's first block.
+    void begin(const Head &head) const {
+        if (a.queries < kFewestTransposed) return;
         for (int64_t first = 0; first < a.keys; first += kPanelKeys) {
             float *panel = keys_by_depth + first * a.depth;
             const int64_t count = a.keys - first < kPanelKeys ? a.keys - first : kPanelKeys;
             for (int64_t j = 0; j < count; ++j) {
-                const float *key = at(a.key, key_head(), first + j);
+                const float *key = head.key(first + j);
                 for (int64_t d = 0; d < a.depth; ++d) panel[d * kPanelKeys + j] = key[d];
             }
             for (int64_t j = count; j < kPanelKeys; ++j) {
@@ -97,11 +98,11 @@ struct Head {
         }
     }
 
-    void run(int64_t first_query, int64_t count) const {
-        const float *queries = at(a.query, head, first_query);
+    void run(const Head &head, int64_t first_query, int64_t count) const {
+        const float *queries = head.query(first_query);
         const int64_t query_row = a.query.strides[2], score_row = padded_keys();
         if (a.queries < kFewestTransposed) {
-            for (int64_t q = 0; q < count; ++q) score_directly(queries + q * query_row, scores + q * score_row);
+            for (int64_t q = 0; q < count; ++q) score_directly(head, queries + q * query_row, scores + q * score_row);
         } else {
             for (int64_t first = 0; first < a.keys; first += kPanelKeys) {
                 multiply_rows(queries, query_row, count, keys_by_depth + first * a.depth, kPanelKeys, a.depth,
@@ -109,19 +110,19 @@ struct Head {
             }
         }
         float factors[kQueryBlock];
-        for (int64_t q = 0; q < count; ++q) factors[q] = softmax(scores + q * score_row, first_query + q);
-        float *out = const_cast<float *>(at(a.out, head, first_query));
-        multiply_rows(scores, score_row, count, at(a.value, key_head(), 0), a.value.strides[2], a.keys, out,
-                      a.out.strides[2], a.value_depth);
+        for (int64_t q = 0; q < count; ++q) factors[q] = head.softmax(scores + q * score_row, first_query + q);
+        float *out = head.out(first_query);
+        multiply_rows(scores, score_row, count, head.value(0), a.value.strides[2], a.keys, out, a.out.strides[2],
+                      a.value_depth);
         for (int64_t q = 0; q < count; ++q) {
             float *row = out + q * a.out.strides[2];
             for (int64_t d = 0; d < a.value_depth; ++d) row[d] *= factors[q];
         }
     }
 
-    void score_directly(const float *query, float *row) const {
+    void score_directly(const Head &head, const float *query, float *row) const {
         for (int64_t j = 0; j < a.keys; ++j) {
-            const float *key = at(a.key, key_head(), j);
+            const float *key = head.key(j);
             Floats sum{};
             int64_t d = 0;
             for (; d + kLanes <= a.depth; d += kLanes) sum += load(query + d) * load(key + d);
@@ -129,69 +130,17 @@ struct Head {
             row[j] = sum_of(sum);
         }
     }
-
-    // e^(score - largest) in the row's place; returns what the sum of their products has to be multiplied with.
-    float softmax(float *row, int64_t query) const {
-        const int64_t mask_row = a.mask.data ? batch * a.mask.strides[0] + head * a.mask.strides[1] + query * a.mask.strides[2] : 0;
-        const int64_t step = a.mask.data ? a.mask.strides[3] : 0;
-        if (a.mask_kind == PREQUANT_MASK_BOOL) {
-            const char *seen = a.mask.data + mask_row;
-            for (int64_t j = 0; j < a.keys; ++j) row[j] = seen[j * step] ? row[j] * a.scale : -INFINITY;
-        } else if (a.mask_kind == PREQUANT_MASK_FLOAT) {
-            const float *added = a.mask.floats() + mask_row;
-            for (int64_t j = 0; j < a.keys; ++j) row[j] = row[j] * a.scale + added[j * step];
-        } else {
-            for (int64_t j = 0; j < a.keys; ++j) row[j] *= a.scale;
-        }
-        Floats most = all_of(-INFINITY);
-        int64_t j = 0;
-        for (; j + kLanes <= a.keys; j += kLanes) {
-            const Floats x = load(row + j);
-            most = x > most || x != x ? x : most;
-        }
-        if (j < a.keys) {
-            const Floats x = load_some(row + j, a.keys - j, most);
-            most = x > most || x != x ? x : most;
-        }
-        const float largest = largest_of(most);
-        if (largest == -INFINITY) {
-            std::memset(row, 0, static_cast<size_t>(a.keys) * sizeof(float));
-            return 0.0f;
-        }
-        Floats sums{};
-        const auto power = [largest](Floats x) {
-            const Floats below = x - largest;
-            const Floats e = exponential(below);
-            return below < -87.0f ? Floats{} : below == below ? e : below;
-        };
-        for (j = 0; j + kLanes <= a.keys; j += kLanes) {
-            const Floats e = power(load(row + j));
-            sums += e;
-            store(row + j, e);
-        }
-        if (j < a.keys) {
-            const Floats e = power(load_some(row + j, a.keys - j, all_of(-INFINITY)));
-            sums += e;
-            store_some(row + j, e, a.keys - j);
-        }
-        return 1.0f / sum_of(sums);
-    }
 };
 
 inline void attention(const Attention &a, int64_t first, int64_t last, char *own) {
-    const int64_t of_head = (a.queries + kQueryBlock - 1) / kQueryBlock;
-    Head head{a, -1, -1, reinterpret_cast<float *>(own), nullptr};
-    head.scores = head.keys_by_depth + head.padded_keys() * a.depth;
-    for (int64_t block = first; block < last; ++block) {
-        const int64_t batch = block / of_head / a.heads, number = block / of_head % a.heads;
-        if (batch != head.batch || number != head.head) {
-            head.batch = batch;
-            head.head = number;
-            if (a.queries >= kFewestTransposed) head.transpose_keys();
-        }
-        const int64_t query = block % of_head * kQueryBlock;
-        head.run(query, a.queries - query < kQueryBlock ? a.queries - query : kQueryBlock);
-    }
+    Sections scratch{reinterpret_cast<uintptr_t>(own)};
+    run_blocks(a, first, last, VectorAttention(a, scratch));
+}
+
+inline int64_t attention_bytes(const Attention &a) {
+    Sections scratch{0};
+    VectorAttention(a, scratch);
+    return static_cast<int64_t>(scratch.next);
 }
 
 }  // namespace

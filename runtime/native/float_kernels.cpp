@@ -7,7 +7,13 @@ namespace prequant {
 const FloatKernels &float_kernels_for(const char *isa) {
 #ifdef PREQUANT_X86_64
     if (std::strcmp(isa, "avx2") == 0) return avx2_floats;
-    if (std::strcmp(isa, "avx512vnni") == 0 || std::strcmp(isa, "amx") == 0) return avx512_floats;
+    if (std::strcmp(isa, "avx512vnni") == 0) return avx512_floats;
+    if (std::strcmp(isa, "amx") == 0) {
+        // Put together here: a unit for AMX must not run anything before the processor is known.
+        static const FloatKernels amx_floats = {avx512_floats.normalize, avx512_floats.elementwise, attention_by_tiles,
+                                                bytes_of_attention_by_tiles};
+        return amx_floats;
+    }
 #else
     static_cast<void>(isa);
 #endif
@@ -16,12 +22,6 @@ const FloatKernels &float_kernels_for(const char *isa) {
 
 int64_t attention_blocks(const Attention &a) {
     return a.batch * a.heads * ((a.queries + kQueryBlock - 1) / kQueryBlock);
-}
-
-int64_t attention_bytes(const Attention &a) {
-    constexpr int64_t kMostPanelKeys = 64;
-    const int64_t keys = (a.keys + kMostPanelKeys - 1) / kMostPanelKeys * kMostPanelKeys;
-    return (keys * a.depth + keys * kQueryBlock) * static_cast<int64_t>(sizeof(float));
 }
 
 }  // namespace prequant

@@ -35,15 +35,15 @@ struct FloatKernels {
     // One row of `count` elements: out = function(a, b); `b` is null for functions of one operand.
     void (*elementwise)(enum prequant_function function, const float *a, int64_t a_step, const float *b, int64_t b_step,
                         float *out, int64_t count);
-    // Blocks [first, last) of `attention_blocks`; `own` is scratch of `attention_bytes`.
+    // Blocks [first, last) of `attention_blocks`; `own` is scratch of `attention_bytes`, aligned to 64.
     void (*attention)(const Attention &attention, int64_t first, int64_t last, char *own);
+    int64_t (*attention_bytes)(const Attention &attention);
 };
 
 // Queries that are computed together, in an attention of so many.
 constexpr int64_t kQueryBlock = 32;
 
 int64_t attention_blocks(const Attention &attention);
-int64_t attention_bytes(const Attention &attention);
 
 // Those for the instruction set of that name, which is known to be one.
 const FloatKernels &float_kernels_for(const char *isa);
@@ -51,6 +51,8 @@ const FloatKernels &float_kernels_for(const char *isa);
 extern const FloatKernels scalar_floats;
 #ifdef PREQUANT_X86_64
 extern const FloatKernels avx2_floats, avx512_floats;
+void attention_by_tiles(const Attention &attention, int64_t first, int64_t last, char *own);
+int64_t bytes_of_attention_by_tiles(const Attention &attention);
 #endif
 
 }  // namespace prequant

@@ -1,6 +1,5 @@
-// The float kernels (float_kernels.h), written once over vectors of PREQUANT_LANES floats. Each unit that includes this
-// defines that number, and is compiled for an instruction set of its own, with products and sums joined where it can:
-// hence the unnamed namespace.
+// The float kernels (float_kernels.h), written once over the processor's vectors. Each unit that includes this is
+// compiled for an instruction set of its own, with products and sums joined where it can: hence the unnamed namespace.
 
 #ifndef PREQUANT_FLOAT_VECTORS_H
 #define PREQUANT_FLOAT_VECTORS_H
@@ -15,36 +14,30 @@ namespace {
 
 using namespace prequant;
 
-using Floats = PanelRow;
-constexpr int64_t kLanes = PREQUANT_LANES;
-
-inline Floats load(const float *from) {
-    Floats floats;
-    std::memcpy(&floats, from, sizeof floats);
-    return floats;
-}
-inline void store(float *to, Floats floats) { std::memcpy(to, &floats, sizeof floats); }
-
-// The first `count` lanes, the others as in `rest`.
-inline Floats load_some(const float *from, int64_t count, Floats rest = Floats{}) {
-    std::memcpy(&rest, from, static_cast<size_t>(count) * sizeof(float));
-    return rest;
-}
-inline void store_some(float *to, Floats floats, int64_t count) {
-    std::memcpy(to, &floats, static_cast<size_t>(count) * sizeof(float));
-}
-
 inline float sum_of(Floats floats) {
-    float lanes[kLanes], sum = 0.0f;
-    std::memcpy(lanes, &floats, sizeof lanes);
-    for (float lane : lanes) sum += lane;
-    return sum;
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps(reinterpret_cast<__m512>(floats));
+#else
+    float lanes[kLanes];
+    store(lanes, floats);
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    }
+    return lanes[0];
+#endif
 }
+
+// NaN, if there is one.
 inline float largest_of(Floats floats) {
+#ifdef __AVX512F__
+    const auto v = reinterpret_cast<__m512>(floats);
+    return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) ? NAN : _mm512_reduce_max_ps(v);
+#else
     float lanes[kLanes], largest = -INFINITY;
-    std::memcpy(lanes, &floats, sizeof lanes);
+    store(lanes, floats);
     for (float lane : lanes) largest = lane > largest || lane != lane ? lane : largest;
     return largest;
+#endif
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
@@ -97,7 +90,7 @@ inline void normalize(const Strided &in, const float *weight, const float *bias,
 // (1 - e^-2|x|) / (1 + e^-2|x|) with the sign of x; near 0, where that cancels, the series.
 inline Floats hyperbolic_tangent(Floats x) {
     const Floats size = magnitude(x), square = x * x;
-    const Floats e = exponential(size < 40.0f ? -2.0f * size : all_of(-80.0f));
+    const Floats e = exponential(-2.0f * size);
     const Floats far = (1.0f - e) / (1.0f + e);
     const Floats near = x + x * square * (square * (square * -0.0539682540f + 0.1333333333f) - 0.3333333333f);
     const Floats signed_far = x < 0.0f ? -far : far;
@@ -107,7 +100,7 @@ inline Floats hyperbolic_tangent(Floats x) {
 // 1 / (1 + e^-x), by the exponential of what is not positive.
 inline Floats logistic(Floats x) {
     const Floats size = magnitude(x);
-    const Floats e = size < 87.0f ? exponential(-size) : Floats{};
+    const Floats e = exponential(-size);
     const Floats value = (x < 0.0f ? e : all_of(1.0f)) / (1.0f + e);
     return x != x ? x : value;
 }

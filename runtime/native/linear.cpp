@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "sections.h"
 #include "threads.h"
 
 namespace {
@@ -49,17 +50,6 @@ bool same_reading(const Job &a, const Job &b) {
 int64_t cost_of_panel(const PanelsHeader &h, int64_t tokens) {
     return h.terms * h.blocks * (8 * h.bits + 4 + tokens);
 }
-
-// Sections of scratch, one after the other; addresses as numbers, so that they can be asked for without memory.
-struct Sections {
-    uintptr_t next;
-
-    template <class Value> Value *take(int64_t bytes) {
-        const uintptr_t start = next;
-        next += static_cast<uintptr_t>(round_up(bytes, 64));
-        return reinterpret_cast<Value *>(start);
-    }
-};
 
 // Everything of a call but its input and outputs. Leaves `sections` behind the scratch that it takes.
 int32_t lay_out(LinearCall &call, const prequant_linear *const *linears, int32_t count, int64_t tokens,

@@ -12,12 +12,12 @@ namespace {
 using namespace prequant;
 
 // The most that any step takes.
-int32_t most_scratch(const prequant_step *steps, int64_t count, const Kernels &kernels, int32_t members,
-                     StepScratch &most, int64_t *failed) {
+int32_t most_scratch(const prequant_step *steps, int64_t count, const Kernels &kernels, const FloatKernels &floats,
+                     int32_t members, StepScratch &most, int64_t *failed) {
     most = {0, 0};
     for (int64_t i = 0; i < count; ++i) {
         StepScratch scratch{0, 0};
-        if (const int32_t status = scratch_of(steps[i], kernels, members, scratch)) {
+        if (const int32_t status = scratch_of(steps[i], kernels, floats, members, scratch)) {
             if (failed) *failed = i;
             return status;
         }
@@ -68,8 +68,9 @@ extern "C" {
 
 PREQUANT_API int64_t prequant_plan_scratch(const prequant_step *steps, int64_t count, int32_t threads, const char *isa) {
     const Kernels *kernels = kernels_for(isa);
+    if (!kernels || threads < 1) return -1;
     StepScratch most;
-    if (!kernels || threads < 1 || most_scratch(steps, count, *kernels, threads, most, nullptr)) return -1;
+    if (most_scratch(steps, count, *kernels, float_kernels_for(isa), threads, most, nullptr)) return -1;
     return most.shared + threads * most.own;
 }
 
@@ -78,13 +79,13 @@ PREQUANT_API int32_t prequant_run_plan(const prequant_step *steps, int64_t count
     const Kernels *kernels = kernels_for(isa);
     if (!kernels) return PREQUANT_BAD_ISA;
     if (threads < 1 || reinterpret_cast<uintptr_t>(scratch) % 64) return PREQUANT_BAD_CALL;
+    const FloatKernels &floats = float_kernels_for(isa);
     StepScratch most;
-    if (const int32_t status = most_scratch(steps, count, *kernels, threads, most, failed)) return status;
+    if (const int32_t status = most_scratch(steps, count, *kernels, floats, threads, most, failed)) return status;
     if (most.shared + threads * most.own > scratch_bytes) return PREQUANT_BAD_CALL;
 
     auto *base = static_cast<char *>(scratch);
-    const FloatKernels *floats = &float_kernels_for(isa);
-    Run run{steps, count, {addresses, base, most.shared, base + most.shared, most.own, threads, kernels, floats}};
+    Run run{steps, count, {addresses, base, most.shared, base + most.shared, most.own, threads, kernels, &floats}};
     with_team(threads, [&run](int32_t member, int32_t members) { run.steps_of(member, members); });
     if (run.status.load() && failed) *failed = run.failed;
     return run.status.load();

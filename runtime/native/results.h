@@ -13,13 +13,14 @@ namespace {
 
 using namespace prequant;
 
-inline PanelRow activate(int32_t activation, PanelRow values) {
+// Calls `call` with the function of an activation.
+template <class Call> inline void with_activation(int32_t activation, Call call) {
     switch (activation) {
-        case PREQUANT_RELU: return relu(values);
-        case PREQUANT_GELU: return gelu(values);
-        case PREQUANT_GELU_TANH: return gelu_tanh(values);
+        case PREQUANT_IDENTITY: return call([](Floats x) { return x; });
+        case PREQUANT_RELU: return call([](Floats x) { return relu(x); });
+        case PREQUANT_GELU: return call([](Floats x) { return gelu(x); });
+        case PREQUANT_GELU_TANH: return call([](Floats x) { return gelu_tanh(x); });
     }
-    return values;
 }
 
 // Adds the outliers' products of some rows with `count` tokens, which begin at `inputs`.
@@ -60,82 +61,73 @@ void add_outliers_by_columns(const Job &job, const Value *columns, int64_t row, 
     }
 }
 
-// What turns the sums of a panel's rows into results; the same for every token.
-struct Finish {
-    PanelRow offsets{}, bias{};
+// The results of `count` rows of a token, in floats or bfloat16. Whole: they fill a vector.
+template <bool Whole> Floats load_results(const float *from, int count) {
+    return Whole ? load(from) : load_some(from, count);
+}
 
-    Finish(const Job &job, int64_t row, int rows) {
+template <bool Whole> Floats load_results(const uint16_t *from, int count) {
+    FloatHalves halves{};
+    std::memcpy(&halves, from, static_cast<size_t>(Whole ? kLanes : count) * sizeof(uint16_t));
+    return reinterpret_cast<Floats>(__builtin_convertvector(halves, FloatWords) << 16);
+}
+
+template <bool Whole> void store_results(Floats values, float *to, int count) {
+    Whole ? store(to, values) : store_some(to, values, count);
+}
+
+// Rounded to nearest even; NaN stays NaN.
+template <bool Whole> void store_results(Floats values, uint16_t *to, int count) {
+    const auto bits = reinterpret_cast<FloatWords>(values);
+    const FloatWords rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const FloatWords chosen = values == values ? rounded : bits >> 16 | 0x40;
+    const auto halves = __builtin_convertvector(chosen, FloatHalves);
+    std::memcpy(to, &halves, static_cast<size_t>(Whole ? kLanes : count) * sizeof(uint16_t));
+}
+
+// What turns the sums of a vector of rows into results; the same for every token. `count`: how many rows there are.
+template <bool Whole> struct Finish {
+    Floats offsets{}, bias{};
+
+    Finish(const Job &job, int64_t row, int count) {
         const prequant_linear &linear = *job.linear;
-        const auto size = static_cast<size_t>(rows) * sizeof(float);
-        if (linear.bias) std::memcpy(&bias, linear.bias + row, size);
+        if (linear.bias) bias = load_results<Whole>(linear.bias + row, count);
         if (linear.input == PREQUANT_INPUT_STATIC) {
-            std::memcpy(&offsets, job.panels.sums + row, size);
-            offsets *= linear.input_zero;
+            offsets = load_results<Whole>(job.panels.sums + row, count) * linear.input_zero;
         }
     }
 
-    PanelRow operator()(const float *sums, float scale) const {
-        PanelRow values;
-        std::memcpy(&values, sums, sizeof values);
-        return (values - offsets) * scale + bias;
+    Floats operator()(const float *sums, float scale) const {
+        return (load(sums) - offsets) * scale + bias;
     }
 };
 
-// Up to 16 results of a token, as floats or bfloat16, in `Value`s.
-template <class Value> PanelRow load_results(const Value *from, size_t size) {
-    if constexpr (sizeof(Value) == sizeof(float)) {
-        PanelRow values{};
-        std::memcpy(&values, from, size);
-        return values;
-    } else {
-        PanelRowHalves halves{};
-        std::memcpy(&halves, from, size);
-        return reinterpret_cast<PanelRow>(__builtin_convertvector(halves, PanelRowWords) << 16);
-    }
-}
-
-template <class Value> void store_results(PanelRow values, Value *to, size_t size) {
-    if constexpr (sizeof(Value) == sizeof(float)) {
-        std::memcpy(to, &values, size);
-    } else {
-        // Rounded to nearest even; NaN stays NaN.
-        const auto bits = reinterpret_cast<PanelRowWords>(values);
-        const PanelRowWords rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-        const PanelRowWords chosen = values == values ? rounded : bits >> 16 | 0x40;
-        const auto halves = __builtin_convertvector(chosen, PanelRowHalves);
-        std::memcpy(to, &halves, size);
-    }
-}
-
-// Scale, bias, activation and residual, then the output. `Rows`: how many there are, or 0 if only `rows` knows: with a
-// number the compiler knows that a row is a vector.
-template <int Rows, class Value>
-void write_out(const Job &job, int64_t row, int rows, int64_t token, int count, const float (*sums)[kPanelRows]) {
-    const Finish finish(job, row, rows);
-    const size_t size = static_cast<size_t>(Rows ? Rows : rows) * sizeof(Value);
+// Scale, bias, activation and residual of `rows` rows of a panel from its `first` on, then the output.
+template <bool Whole, class Value>
+void write_rows(const Job &job, int64_t row, int first, int rows, int64_t token, int count,
+                const float (*sums)[kPanelRows]) {
+    row += first;
+    const Finish<Whole> finish(job, row, rows);
     const int64_t width = job.panels.header->rows;
     const float *scales = job.scales + token;
-    const int32_t activation = job.linear->activation;
     Value *to = static_cast<Value *>(job.output) + token * width + row;
-    if (activation == PREQUANT_IDENTITY && !job.residual) {
-        for (int m = 0; m < count; ++m) store_results(finish(sums[m], scales[m]), to + m * width, size);
-        return;
-    }
     const Value *residual = job.residual ? static_cast<const Value *>(job.residual) + token * width + row : nullptr;
-    for (int m = 0; m < count; ++m) {
-        PanelRow values = activate(activation, finish(sums[m], scales[m]));
-        if (residual) values += load_results(residual + m * width, size);
-        store_results(values, to + m * width, size);
-    }
+    with_activation(job.linear->activation, [&](auto activation) {
+        for (int m = 0; m < count; ++m) {
+            Floats values = activation(finish(sums[m] + first, scales[m]));
+            if (residual) values += load_results<Whole>(residual + m * width, rows);
+            store_results<Whole>(values, to + m * width, rows);
+        }
+    });
 }
 
-template <int Rows>
+template <class Value>
 void write_out(const Job &job, int64_t row, int rows, int64_t token, int count, const float (*sums)[kPanelRows]) {
-    if (job.linear->type == PREQUANT_FLOAT32) {
-        write_out<Rows, float>(job, row, rows, token, count, sums);
-    } else {
-        write_out<Rows, uint16_t>(job, row, rows, token, count, sums);
+    int first = 0;
+    for (; first + kLanes <= rows; first += kLanes) {
+        write_rows<true, Value>(job, row, first, kLanes, token, count, sums);
     }
+    if (first < rows) write_rows<false, Value>(job, row, first, rows - first, token, count, sums);
 }
 
 // Adds what codes do not hold to `sums` [tokens][16] of a panel's rows, and writes them out.
@@ -155,10 +147,10 @@ inline void finish(const Job &job, int64_t panel, int64_t token, int count, floa
             add_outliers(job, job.floats + token * job.stride, row, rows, count, sums);
         }
     }
-    if (rows == kPanelRows) {
-        write_out<kPanelRows>(job, row, rows, token, count, sums);
+    if (job.linear->type == PREQUANT_FLOAT32) {
+        write_out<float>(job, row, rows, token, count, sums);
     } else {
-        write_out<0>(job, row, rows, token, count, sums);
+        write_out<uint16_t>(job, row, rows, token, count, sums);
     }
 }
 

@@ -186,14 +186,15 @@ bool makes_sense(const prequant_step &step) {
 
 }  // namespace
 
-int32_t scratch_of(const prequant_step &step, const Kernels &kernels, int32_t members, StepScratch &scratch) {
+int32_t scratch_of(const prequant_step &step, const Kernels &kernels, const FloatKernels &floats, int32_t members,
+                   StepScratch &scratch) {
     if (!makes_sense(step)) return PREQUANT_BAD_CALL;
     if (step.kind == PREQUANT_STEP_LINEAR) {
         const prequant_linears &linears = linears_of(step);
         scratch.shared = scratch_bytes(linears.linears, static_cast<int32_t>(linears.count), step.sizes[0], members, kernels);
         return scratch.shared < 0 ? PREQUANT_BAD_PANELS : PREQUANT_OK;
     }
-    if (step.kind == PREQUANT_STEP_ATTENTION) scratch.own = attention_bytes(attention_of(step, nullptr));
+    if (step.kind == PREQUANT_STEP_ATTENTION) scratch.own = floats.attention_bytes(attention_of(step, nullptr));
     return PREQUANT_OK;
 }
 

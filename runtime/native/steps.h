@@ -28,7 +28,8 @@ struct StepScratch {
 };
 
 // PREQUANT_BAD_CALL for a step that makes no sense.
-int32_t scratch_of(const prequant_step &step, const Kernels &kernels, int32_t members, StepScratch &scratch);
+int32_t scratch_of(const prequant_step &step, const Kernels &kernels, const FloatKernels &floats, int32_t members,
+                   StepScratch &scratch);
 
 // A step as one member of the team sees it.
 class StepRun {

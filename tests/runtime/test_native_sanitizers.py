@@ -16,12 +16,14 @@ OPTIONS = ["-std=c++17", "-O1", "-g", "-fopenmp", f"-I{NATIVE}", "-fno-omit-fram
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 X86_64 = os.uname().machine == "x86_64"
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma"]
+AMX = [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 ISA_OPTIONS = {
     "kernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "kernels_avx512vnni": AVX512,
     "floats_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "floats_avx512": AVX512,
-    "kernels_amx": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
+    "kernels_amx": AMX,
+    "floats_amx": AMX,
 }
 
 

@@ -1,0 +1,26 @@
+// Attention for AMX; other float kernels are AVX-512's.
+
+#include "amx_attention.h"
+
+namespace prequant {
+
+namespace {
+
+constexpr int64_t kFewestQueries = 12;  // below, tiles would be mostly empty
+
+}  // namespace
+
+void attention_by_tiles(const Attention &a, int64_t first, int64_t last, char *own) {
+    if (a.queries < kFewestQueries || a.keys == 0) return avx512_floats.attention(a, first, last, own);
+    const TileConfiguration configuration(kTile, kVector);
+    _tile_loadconfig(&configuration);
+    run_blocks(a, first, last, TileAttention(a, reinterpret_cast<uintptr_t>(own)));
+    _tile_release();
+}
+
+int64_t bytes_of_attention_by_tiles(const Attention &a) {
+    if (a.queries < kFewestQueries || a.keys == 0) return avx512_floats.attention_bytes(a);
+    return static_cast<int64_t>(TileAttention(a, 0).end());
+}
+
+}  // namespace prequant
