@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-ALIGNMENT = 64
+from .memory import ALIGNMENT
 
 
 def placed(bytes: npt.NDArray[np.int64], lives: Sequence[tuple[int, int]]) -> tuple[npt.NDArray[np.int64], int]:

@@ -5,16 +5,12 @@ single wheel serves every version of both. An installation without it is complet
 compiler was at hand, and the operators run on their reference implementations.
 """
 
-import contextlib
 import ctypes
 import functools
-import mmap
 import os
 import sys
 import warnings
 from pathlib import Path
-
-import torch
 
 from .errors import PrequantError
 
@@ -90,12 +86,6 @@ class Workspace(ctypes.Structure):
 MAX_LINEARS = 16
 """How many linears one call of the library takes."""
 
-ALIGNMENT = 64
-"""Bytes that panels and scratch are aligned to."""
-
-LARGE_PAGE = 1 << 21
-"""Bytes of a large page of memory, on the processors that have them."""
-
 BAD_ROW, SMALL_SCRATCH = 5, 6
 
 STATUS = {
@@ -112,23 +102,6 @@ def check(status: int, what: str) -> None:
     """Raise :class:`NativeLibraryError` unless ``status``, a result of the library, is 0."""
     if status:
         raise NativeLibraryError(f"{what}: the native library was given {STATUS.get(status, f'status {status}')}")
-
-
-def aligned_bytes(count: int) -> torch.Tensor:
-    """``count`` uninitialised bytes that begin at a multiple of :data:`ALIGNMENT`, as the kernels ask for.
-
-    Large memory is asked for in large pages, where the system has some: kernels walk through it in strides, and would
-    wait for the page tables.
-    """
-    if count >= LARGE_PAGE // 2 and sys.platform == "linux":
-        private = mmap.mmap(-1, count + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a system without
-            private.madvise(mmap.MADV_HUGEPAGE)
-        memory, alignment = torch.frombuffer(private, dtype=torch.uint8), LARGE_PAGE
-    else:
-        memory, alignment = torch.empty(count + ALIGNMENT, dtype=torch.uint8), ALIGNMENT
-    start = -memory.data_ptr() % alignment
-    return memory[start : start + count]
 
 
 def available() -> bool:

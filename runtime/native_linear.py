@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import native, native_rows
+from . import memory, native, native_rows
 from .backends import Backend, records_gradients, register_backend
 from .formats import Granularity, Scheme, WeightFormat
 from .native_weight import NeutralWeight, address_of, float_copy
@@ -212,7 +212,7 @@ def _pack(
     library = native.load()
     size = library.prequant_panels_bytes(weight.address)
     native.check(0 if size >= 0 else 1, f"packing a weight {list(codes.shape)} of {format}")
-    panels = native.aligned_bytes(size)
+    panels = memory.panels.take(size)
     status = library.prequant_pack_panels(weight.address, panels.data_ptr(), torch.get_num_threads())
     native.check(status, f"packing a weight {list(codes.shape)} of {format}")
     return panels

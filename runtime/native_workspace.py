@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import native
+from . import memory, native
 
 
 class Workspace:
@@ -31,7 +31,7 @@ class Workspace:
     def grow(self) -> None:
         """Make the scratch as large as the call that was just refused found that it takes."""
         needed = self._lent.needed
-        self._scratch = native.aligned_bytes(needed)
+        self._scratch = memory.aligned_bytes(needed)
         self._lent.scratch, self._lent.scratch_bytes = self._scratch.data_ptr(), needed
 
 

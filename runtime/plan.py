@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import memory, native, reference
 from .arena import placed
 from .errors import PrequantError
 
@@ -199,8 +199,8 @@ class _Workspace:
         self.plan = plan
         self.sized: dict[tuple[object, ...], _Sized] = {}
         self.placements: dict[tuple[int, ...], tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]] = {}
-        self.arena = native.aligned_bytes(0)
-        self.scratch = native.aligned_bytes(0)
+        self.arena = memory.aligned_bytes(0)
+        self.scratch = memory.aligned_bytes(0)
         self.addresses = np.zeros(len(plan.buffers), dtype=np.int64)
         self.own = np.array([i for i, buffer in enumerate(plan.buffers) if buffer.own], dtype=np.int64)
         self.tensors: dict[int, Tensor] = {}
@@ -216,9 +216,9 @@ class _Workspace:
         if sized is None:
             sized = self._remember(key, self._size(sizes, threads, isa))
         if self.arena.numel() < sized.arena_bytes:
-            self.arena = native.aligned_bytes(sized.arena_bytes)
+            self.arena = memory.aligned_bytes(sized.arena_bytes)
         if self.scratch.numel() < sized.scratch_bytes:
-            self.scratch = native.aligned_bytes(sized.scratch_bytes)
+            self.scratch = memory.aligned_bytes(sized.scratch_bytes)
         self.addresses[self.own] = self.arena.data_ptr() + sized.offsets
         for buffer, input in zip(plan.inputs, inputs, strict=True):
             self._hold(buffer, input if input.is_contiguous() else input.contiguous())

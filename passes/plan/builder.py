@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from prequant.runtime import plan as runtime_plan
 from prequant.runtime.native_layers import Layer
@@ -30,6 +30,10 @@ class LayerRequest:
         """The layer, of the tensors that the program has now."""
         layer: Layer = self.ask(self.make, program)
         return layer
+
+    def read(self, program: Program) -> list[Tensor]:
+        """The tensors that the layer is made of."""
+        return [program.tensor(target) for target in self.tensors.values()]
 
     def ask(self, function: Callable[..., Any], program: Program) -> Any:
         """The result of another function of these arguments."""

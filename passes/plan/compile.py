@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from prequant.runtime import PrequantError, native_layers
 from prequant.runtime import plan as runtime_plan
+from prequant.runtime.memory import MappedFiles
 
 from ..compose_ops import ComposeOps
 from ..functional import writes
@@ -231,9 +232,12 @@ class Draft:
     def finish(self, program: Program) -> runtime_plan.Plan:
         """The plan with the weights that ``program`` has now, packed for the kernels."""
         template = self.plan.template.copy()
-        layers = {row: [request(program) for request in requests] for row, requests in self.layers.items()}
-        kept = []
-        for row, made in layers.items():
+        kept, files = [], MappedFiles()
+        for row, requests in self.layers.items():
+            made = []
+            for request in requests:
+                made.append(request(program))
+                files.give_back(request.read(program))  # one by one, so that never all codes are there twice
             linears = template[row, 0] == runtime_plan.LINEAR
             kept.append(native_layers.together(made) if linears else made[0])
             template[row, runtime_plan.LAYER_WORD] = kept[-1].address

@@ -147,6 +147,7 @@ def load(
     device: torch.device | str = "cpu",
     trusted_ops: tuple[str, ...] = (),
     verify: bool = True,
+    mapped: bool = True,
 ) -> Program:
     """Load the Program that :func:`save` wrote: a :class:`ModelProgram` if it came from a transformers model; in eval
     mode.
@@ -154,7 +155,10 @@ def load(
     The folder may come from anywhere: everything in it is checked before anything is computed, and nothing in it is run
     but graphs of known operators. ``trusted_ops``: further operator namespaces (of passes from other packages) that its
     graph may call. ``verify=False`` accepts tensor files that are well-formed but not the ones that were saved together
-    with the graph. Raises :class:`CheckpointError` that names the file, what is wrong in it, and what would be right.
+    with the graph. ``mapped``: packed codes stay in the file and in the system's cache of it, until kernels pack them
+    anew, so that no process holds them twice. Replacing the folder's files does no harm then, as :func:`save` does it;
+    writing into them would. Raises :class:`CheckpointError` that names the file, what is wrong in it, and what would be
+    right.
     """
     folder = Path(folder)
     config = Record(read_json(inside(folder, CONFIG_FILE)), str(folder / CONFIG_FILE))
@@ -165,7 +169,7 @@ def load(
     record = Record(read_json(inside(folder, GRAPH_FILE)), str(folder / GRAPH_FILE))
     _check_versions(record)
     try:
-        return _load(folder, config, record, device, (*NAMESPACES, *trusted_ops), verify)
+        return _load(folder, config, record, device, (*NAMESPACES, *trusted_ops), verify, mapped)
     except CheckpointError:
         raise
     except PrequantError as error:
@@ -173,7 +177,13 @@ def load(
 
 
 def _load(
-    folder: Path, config: Record, record: Record, device: torch.device | str, namespaces: tuple[str, ...], verify: bool
+    folder: Path,
+    config: Record,
+    record: Record,
+    device: torch.device | str,
+    namespaces: tuple[str, ...],
+    verify: bool,
+    mapped: bool,
 ) -> Program:
     spec = QuantizationSpec()
     if "quantization_config" in config.value:
@@ -199,7 +209,7 @@ def _load(
     )
     tensors: dict[str, Tensor] = {}
     for name, table in tables.items():
-        tensors |= read_tensors(inside(folder, name), table)
+        tensors |= read_tensors(inside(folder, name), table, mapped)
     check_graph(graph, tensors, lambda name: f"{folder / holders[name]}: {name}", record.where)
     if verify:
         for name, entry in files.items():

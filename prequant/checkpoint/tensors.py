@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prequant.runtime.memory import MappedFiles
+
 from .arguments import DTYPES, named
 from .errors import CheckpointError
 from .graph_file import is_tensor_name
@@ -32,6 +34,9 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
+
+MAPPED_BYTES = 1 << 16
+"""Of the smallest tensor that is left in a mapped file."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,9 @@ def digest(path: Path) -> str:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_tensors(path: Path, table: Mapping[str, Stored], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The tensors of a safetensors file, which holds exactly those of ``table``, in memory of their own.
+def read_tensors(path: Path, table: Mapping[str, Stored], mapped: bool = False) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, which holds exactly those of ``table``, in memory of their own; if ``mapped``,
+    large ones of bytes stay in the file, which is mapped.
 
     Everything about all of them is checked from the header before the first is read; safetensors itself has checked
     there that offsets, shapes and the file's length agree. Raises :class:`CheckpointError`.
@@ -122,13 +128,17 @@ def read_tensors(path: Path, table: Mapping[str, Stored], device: torch.device |
                 raise CheckpointError(f"{path}: the tensor {describe(unknown[0])} is in no list{_more(unknown)}")
             for name, stored in table.items():
                 check_header(path, name, file.get_slice(name), stored.dtype, stored.shape_in_file)
-            tensors = {name: _owned(path, name, file.get_tensor(name)) for name in table}
+            tensors = {
+                name: _checked(path, name, file.get_tensor(name), mapped and not stored.transposed)
+                for name, stored in table.items()
+            }
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: can't be read as safetensors: {error}") from error
     for name, tensor in tensors.items():
         if table[name].transposed:
-            tensor = tensor.t().contiguous()
-        tensors[name] = tensor.to(device)
+            tensors[name] = tensor.t().contiguous()
+    if mapped:
+        MappedFiles().give_back(tensors.values())  # what came into memory beside tensors that were copied
     return tensors
 
 
@@ -143,8 +153,12 @@ def check_header(path: Path, name: str, view: Any, dtype: torch.dtype, shape: tu
         raise CheckpointError(f"{path}: {name} is of shape {describe(list(view.get_shape()))}; expected {list(shape)}")
 
 
-def _owned(path: Path, name: str, tensor: Tensor) -> Tensor:
-    """A copy, not a view of the mapped file: what has been checked must not change with the file afterwards."""
+def _checked(path: Path, name: str, tensor: Tensor, mapped: bool) -> Tensor:
+    """A copy, not a view of the mapped file: what has been checked must not change with the file afterwards. Packed
+    codes may stay there: any byte is one of theirs, and says no more than a number.
+    """
+    if mapped and tensor.dtype is torch.uint8 and tensor.nbytes >= MAPPED_BYTES:
+        return tensor
     if tensor.dtype is torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
         raise CheckpointError(
             f"{path}: {name} holds the byte {int(tensor.view(torch.uint8).max())}; a boolean is 0 or 1"

@@ -9,7 +9,7 @@
 namespace {
 
 constexpr int64_t kFewestTokens = 8;  // below, tiles would be mostly empty
-constexpr int64_t kTokenBytes = 1 << 20;  // of inputs that pass while a pair of panels stays: half of L2
+constexpr int64_t kTokenBytes = 3 << 18;  // of inputs that pass while a pair of panels stays: they share L2
 
 bool by_tiles(const prequant_linear &, int64_t tokens) { return tokens >= kFewestTokens; }
 

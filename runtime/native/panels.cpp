@@ -4,18 +4,12 @@
 
 #include <cstring>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #include "prequant_native.h"
 #include "threads.h"
 
 namespace {
 
 using namespace prequant;
-
 
 // Codes of row `row` of term `term`, columns [first, first + 32); what lies beyond the weight is 0.
 struct NeutralCodes {
@@ -193,21 +187,6 @@ struct Packer {
     }
 };
 
-// A weight is read from end to end with each call, and pages of 4 KB then cost up to a fifth of the time. Where it holds
-// a large page (2 MB) the system is asked for those; that it may decline makes no difference to anything else.
-void ask_for_large_pages(void *memory, int64_t bytes) {
-#ifdef __linux__
-    constexpr int64_t kLargePage = 1 << 21;
-    if (bytes < 2 * kLargePage) return;
-    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-    const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / page * page;
-    madvise(reinterpret_cast<void *>(first), end - first, MADV_HUGEPAGE);
-#else
-    (void)memory, (void)bytes;
-#endif
-}
-
 }  // namespace
 
 extern "C" {
@@ -228,7 +207,6 @@ PREQUANT_API int32_t prequant_pack_panels(const prequant_weight *weight, void *p
             return PREQUANT_BAD_WEIGHT;
         }
     }
-    ask_for_large_pages(panels, header.bytes);
     std::memcpy(panels, &header, sizeof header);
     const Packer packer{*weight, header, panels, {*weight}};
     parallel(threads, [&packer, &header, threads](int32_t part) {

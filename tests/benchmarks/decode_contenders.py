@@ -127,7 +127,7 @@ class PackedDecoder(Decoding):
     dynamically to 8 bits."""
 
     library = PREQUANT
-    modules = (*MODULES, "prequant.checkpoint", "prequant.generation")
+    modules = (*MODULES, "prequant.checkpoint", "prequant.generation", "torch.export._trace")
 
     def __init__(self, format: str, bits: int, compress: str) -> None:
         super().__init__(f"prequant {format}, affine8:row", bits)

@@ -28,7 +28,8 @@ class Packed(Encoding):
     """prequant: weights and embeddings in a format, inputs of linears quantized dynamically to 8 bits, or not."""
 
     library = PREQUANT
-    modules = ("prequant.checkpoint", "transformers.models.bert.modeling_bert")
+    # torch loads the module of torch.export, and what that takes, with the first shape that has a symbol in it.
+    modules = ("prequant.checkpoint", "transformers.models.bert.modeling_bert", "torch.export._trace")
 
     def __init__(self, format: str, bits: int, compress: str, quantized_inputs: bool) -> None:
         """``compress`` is the text of the pass that compresses the weights."""

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prequant.runtime import native
+from prequant.runtime import memory, native
 from prequant.runtime import plan as p
 
 
@@ -40,7 +40,7 @@ def run(
     table = np.ascontiguousarray(np.stack(steps))
     addresses = np.array([0 if tensor is None else tensor.data_ptr() for tensor in tensors], dtype=np.int64)
     needed = native.load().prequant_plan_scratch(table.ctypes.data, len(table), threads, name)
-    scratch = native.aligned_bytes(max(needed, 0))
+    scratch = memory.aligned_bytes(max(needed, 0))
     failed = ctypes.c_int64(-1)
     status = native.load().prequant_run_plan(
         *(table.ctypes.data, len(table), addresses.ctypes.data, scratch.data_ptr(), scratch.numel(), threads, name),

@@ -2,7 +2,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prequant.runtime.arena import ALIGNMENT, placed
+from prequant.runtime.arena import placed
+from prequant.runtime.memory import ALIGNMENT
 
 lives = st.tuples(st.integers(0, 12), st.integers(0, 12)).map(lambda ends: (min(ends), max(ends)))
 buffers = st.lists(st.tuples(st.integers(0, 500), lives), max_size=14)

@@ -144,14 +144,14 @@ def test_what_is_no_number_comes_through(isa: str, queries: int, bad: float, ope
 @pytest.mark.parametrize("size", [1e-35, 1e-20, 1e18])
 def test_numbers_that_bfloat16_tiles_do_not_take(isa: str, operand: int, size: float) -> None:
     """One head of two has them: others are computed as ever, beside it."""
-    operands = [torch.randn(1, 2, 45, 24) for _ in range(3)]
+    query, key, value = operands = [torch.randn(1, 2, 45, 24) for _ in range(3)]
     operands[operand][:, 1] *= size
-    found, expected = attention(*operands), exactly(*operands)
+    found, expected = attention(query, key, value), exactly(query, key, value)
     assert close(found[:, 0], expected[:, 0])
     assert close(found[:, 1], expected[:, 1])
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3])
 def test_a_scale_may_be_0_or_negative(isa: str, scale: float) -> None:
-    operands = [torch.randn(1, 2, 19, 24) for _ in range(3)]
-    assert close(attention(*operands, scale=scale), exactly(*operands, scale=scale))
+    query, key, value = (torch.randn(1, 2, 19, 24) for _ in range(3))
+    assert close(attention(query, key, value, scale=scale), exactly(query, key, value, scale=scale))
