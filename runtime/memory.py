@@ -88,10 +88,10 @@ class MappedFiles:
         """Let the system have the memory of those tensors that lie in a file: it reads them again when they are needed.
         Others stay as they are.
         """
-        page = mmap.PAGESIZE
+        page, library = mmap.PAGESIZE, ctypes.CDLL(None)
         for tensor in tensors:
             first = -(-tensor.data_ptr() // page) * page
             last = (tensor.data_ptr() + tensor.nbytes) // page * page
             if first < last and tensor in self:
                 # What it answers makes no difference to anybody.
-                ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _PAGE_OUT)
+                library.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _PAGE_OUT)

@@ -112,7 +112,7 @@ def digest(path: Path) -> str:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_tensors(path: Path, table: Mapping[str, Stored], mapped: bool = False) -> dict[str, Tensor]:
+def read_tensors(path: Path, table: Mapping[str, Stored], mapped: bool) -> dict[str, Tensor]:
     """The tensors of a safetensors file, which holds exactly those of ``table``, in memory of their own; if ``mapped``,
     large ones of bytes stay in the file, which is mapped.
 
@@ -155,7 +155,7 @@ def check_header(path: Path, name: str, view: Any, dtype: torch.dtype, shape: tu
 
 def _checked(path: Path, name: str, tensor: Tensor, mapped: bool) -> Tensor:
     """A copy, not a view of the mapped file: what has been checked must not change with the file afterwards. Packed
-    codes may stay there: any byte is one of theirs, and says no more than a number.
+    codes may stay there: a byte of theirs decides what is computed, never which memory is read.
     """
     if mapped and tensor.dtype is torch.uint8 and tensor.nbytes >= MAPPED_BYTES:
         return tensor

@@ -95,7 +95,7 @@ inline Floats relu(Floats x) { return x < 0.0f ? Floats{} : x; }
 
 #ifdef __AVX512F__
 
-// x times 1 - S(|x|) or, below 0, S(|x|): S from a table. Half the work of an exponential and a quotient.
+// x times 1 - S(|x|) or, below 0, S(|x|): S from a table, in place of an exponential and a quotient.
 inline Floats by_table(Floats x, const ActivationTable &table) {
     using Table = ActivationTable;
     const auto v = reinterpret_cast<__m512>(x);

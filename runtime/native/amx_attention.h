@@ -19,11 +19,6 @@ static_assert(kQueryBlock == 2 * kTile, "a block of queries is two tiles");
 
 constexpr int64_t steps_of(int64_t count) { return (count + kStep - 1) / kStep; }
 
-inline __m512 without_upper_half(__m512 x) {
-    const __m512i upper = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(static_cast<int>(0xffff0000)));
-    return _mm512_sub_ps(x, _mm512_castsi512_ps(upper));
-}
-
 // 32 numbers of a row.
 inline void write_row(uint8_t *to, __m512 a, __m512 b) {
     alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
@@ -47,9 +42,7 @@ inline void write_pair(uint8_t *to, __m512 a, __m512 b) {
 }
 
 // 16 numbers of those that are left; 0 for the others.
-inline __m512 load_left(const float *from, int64_t left) {
-    return _mm512_maskz_loadu_ps(left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1 << left) - 1), from);
-}
+inline __m512 load_left(const float *from, int64_t left) { return _mm512_maskz_loadu_ps(mask_of(0, left), from); }
 
 // The magnitudes that were seen. Tiles take numbers below 2^-126 for 0, and sums of products have to stay below 2^128.
 class Magnitudes {
@@ -224,8 +217,7 @@ private:
     void write_out(float *row, float factor, int64_t q, int64_t column) const {
         for (int64_t i = 0; i < kStep && column + i < a.value_depth; i += 16) {
             const __m512 out = _mm512_mul_ps(_mm512_loadu_ps(sums + q * kStep + i), _mm512_set1_ps(factor));
-            const int64_t left = a.value_depth - column - i;
-            _mm512_mask_storeu_ps(row + column + i, left >= 16 ? 0xffff : static_cast<__mmask16>((1 << left) - 1), out);
+            _mm512_mask_storeu_ps(row + column + i, mask_of(column + i, a.value_depth), out);
         }
     }
 };

@@ -10,6 +10,12 @@ namespace {
 constexpr int kTile = 16;  // rows of a tile
 constexpr int64_t kTileBytes = kTile * kVector;
 
+// What is left of floats when their upper halves are taken as bfloat16.
+PREQUANT_INLINE __m512 without_upper_half(__m512 x) {
+    const __m512i upper = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+    return _mm512_sub_ps(x, _mm512_castsi512_ps(upper));
+}
+
 // Tiles 0 to 3: sums [token tile][panel]; 4, 5: inputs; 6, 7: codes.
 struct alignas(64) TileConfiguration {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};

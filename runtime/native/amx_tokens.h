@@ -66,16 +66,15 @@ template <class E> struct TokensOfHalves {
                 const __m512i halves = _mm512_permutex2var_epi16(_mm512_castps_si512(a), upper, _mm512_castps_si512(b));
                 _mm512_storeu_si512(out + part * kTileBytes, halves);
                 if (part + 1 == E::kParts) break;
-                a = without_upper_half(a, finite);
-                b = without_upper_half(b, finite);
+                a = rest_of(a, finite);
+                b = rest_of(b, finite);
             }
         }
     }
 
     // What is left for the next parts: of infinity and NaN nothing.
-    static PREQUANT_INLINE __m512 without_upper_half(__m512 x, bool finite) {
-        const __m512i bits = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(static_cast<int>(0xffff0000)));
-        const __m512 left = _mm512_sub_ps(x, _mm512_castsi512_ps(bits));
+    static PREQUANT_INLINE __m512 rest_of(__m512 x, bool finite) {
+        const __m512 left = without_upper_half(x);
         if (finite) return left;
         return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(left, left, _CMP_ORD_Q), left);
     }

@@ -9,6 +9,12 @@
 
 namespace {
 
+// Those of 16 columns from k that there are.
+inline __mmask16 mask_of(int64_t k, int64_t columns) {
+    const int64_t left = columns - k;
+    return static_cast<__mmask16>(left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1);
+}
+
 struct Avx512 {
     static constexpr int kRows = 16, kPanels = 2, kTokens = 4, kFloatTokens = 8;
     // A product takes five cycles, and one or two of them begin in each. 16 sums in all leave registers for the codes.

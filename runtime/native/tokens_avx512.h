@@ -8,6 +8,7 @@
 
 #include <type_traits>
 
+#include "avx512.h"
 #include "tokens.h"
 
 namespace {
@@ -25,12 +26,6 @@ struct HalfRow {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row + k)), 16));
     }
 };
-
-// Those of 16 columns from k that there are.
-inline __mmask16 mask_of(int64_t k, int64_t columns) {
-    const int64_t left = columns - k;
-    return static_cast<__mmask16>(left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1);
-}
 
 template <class Row> uint32_t largest_magnitude(const Row &row, int64_t columns) {
     const __m512i magnitude = _mm512_set1_epi32(kMagnitude);
