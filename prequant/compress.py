@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prequant.checkpoint import load, save
 from prequant.checkpoint.atomic import replacing
 from prequant.checkpoint.folder import is_ours
-from prequant.evaluation import evaluate
 from prequant.inspection import weight_rows
+from prequant.losses import LABELS
 from prequant.measure import installed_versions, median_seconds, weight_bytes
 from prequant.quiet import no_progress_bars
 from prequant.recipes import Recipe
@@ -33,12 +33,13 @@ from prequant.sources import (
     canonical_program,
     check_length,
     check_output,
-    head_parameters,
-    load_classifier,
+    head_of,
+    load_for,
     load_tokenizer,
 )
-from prequant.tasks import Task, encode, load_task_data
-from prequant.training import TrainingSettings, finetune
+from prequant.tasks import Evaluation, Limits, Task
+from prequant.tasks.data import described
+from prequant.training import TrainingResult, TrainingSettings, finetune
 
 __all__ = ["GIVEN", "NONE", "TRAIN", "CompressionReport", "ModelFigures", "compress", "default_baseline_training"]
 
@@ -56,17 +57,23 @@ class _Workbench:
     tokenizer: PreTrainedTokenizerBase
     train: Dataset
     validation: Dataset
+    limits: Limits
     progress: bool
 
-    def score(self, model: nn.Module) -> float:
-        """The task's metric on the validation set."""
-        return evaluate(model, self.task, self.validation, self.tokenizer, progress=self.progress).metric
+    def score(self, model: nn.Module) -> Evaluation:
+        """The task's metrics on the validation set."""
+        return self.task.evaluate(model, self.validation, self.tokenizer, self.limits, self.progress)
+
+    def finetune(self, model: nn.Module, training: TrainingSettings, head: Sequence[str]) -> TrainingResult:
+        """Train on the training set."""
+        return finetune(model, self.train, self.task.collator(self.tokenizer), training, head, self.progress)
 
     def latencies(self, models: Sequence[nn.Module]) -> list[float]:
         """Seconds for one batch, each model's, measured in turns."""
-        rows = [self.validation[i] for i in range(min(LATENCY_BATCH, len(self.validation)))]
-        batch = DataCollatorWithPadding(self.tokenizer)(rows)
-        batch.pop("labels")
+        few = self.validation.select(range(min(LATENCY_BATCH, len(self.validation))))
+        encoded = self.task.encode(few, self.tokenizer, self.limits.max_length, progress=False)
+        batch = self.task.collator(self.tokenizer)([encoded[i] for i in range(min(LATENCY_BATCH, len(encoded)))])
+        batch = {name: value for name, value in batch.items() if name not in LABELS[self.task.kind]}
         with torch.inference_mode():
             return median_seconds([partial(model, **batch) for model in models])
 
@@ -86,7 +93,7 @@ def compress(
     """Compress the model ``source`` (a folder or hub name) for ``task`` by ``recipe``, measure it, and save it to
     ``out``.
 
-    ``data`` as in :func:`prequant.tasks.load_task_data`. ``baseline``: ``"train"`` fine-tunes the float model on the
+    ``data`` as in :func:`prequant.tasks.data.read_splits`. ``baseline``: ``"train"`` fine-tunes the float model on the
     same data, from the same head, with ``baseline_training`` (default: the recipe's epochs, batch size and seed with
     ``TrainingSettings``' learning rate); ``"given"`` takes it as it is; ``"none"`` compares with nothing; a path is a
     model fine-tuned before. Figures of the compressed model are those of the saved folder, loaded again. Its
@@ -109,18 +116,17 @@ def _compress(
     progress: bool,
 ) -> CompressionReport:
     check_output(out, source, baseline)
+    task.check_metrics()
     tokenizer = load_tokenizer(source)
-    model, fresh = load_classifier(source, task, recipe.training.seed, tokenizer)
-    head = head_parameters(model)
+    model, fresh = load_for(source, task, recipe.training.seed, tokenizer)
+    head = head_of(model, task)
     check_length(model.config, max_length)
     if fresh and (baseline == GIVEN or not recipe.trains):
         advice = "compare with 'train'" if recipe.trains else "fine-tune it first, as nothing is to train here"
         raise SourceError(f"{source} has no head for {task.name}: {', '.join(fresh)} are missing; {advice}")
-    rows = load_task_data(task, data)
-    train, validation = (
-        encode(rows[split], task, tokenizer, max_length, progress) for split in ("train", "validation")
-    )
-    bench = _Workbench(task, tokenizer, train, validation, progress)
+    rows = task.load(data)
+    train = task.encode(rows["train"], tokenizer, max_length, progress)
+    bench = _Workbench(task, tokenizer, train, rows["validation"], Limits(max_length), progress)
     parameters = sum(p.numel() for p in model.parameters())
     original = canonical_program(model, tokenizer)
     # Before the baseline trains: what does not fit the model is refused here.
@@ -133,24 +139,25 @@ def _compress(
     result, trained = None, 0
     if recipe.trains:
         trained = sum(p.numel() for p in program.parameters() if p.requires_grad)
-        result = finetune(program, bench.train, tokenizer, recipe.training, head, progress)
+        result = bench.finetune(program, recipe.training, head)
     program = recipe.finish()(program)
     with replacing(out, is_ours) as staging:
         save(program, staging, tokenizer)
         saved = load(staging)
-        ours = ModelFigures(bench.score(saved), weight_bytes(staging), parameters, trained, math.nan, result)
+        score = bench.score(saved)
+        ours = ModelFigures(score.scores, weight_bytes(staging), parameters, trained, math.nan, result)
         models, known = zip(*(*compared, (saved, ours)), strict=True)
         figures = [replace(one, latency=latency) for one, latency in zip(known, bench.latencies(models), strict=True)]
         report = CompressionReport(
-            metric_name=task.metric_name,
-            examples=len(bench.validation),
+            metric_name=score.metric_name,
+            examples=score.examples,
             baseline=figures[0] if compared else None,
             compressed=figures[-1],
             weights=weight_rows(saved, original),
             settings={
                 "model": str(source),
                 "task": task.name,
-                "data": str(data) if data is not None else "/".join(task.hub),
+                "data": described(task.hub, data),
                 "examples": {name: len(split) for name, split in rows.items()},
                 "max_length": max_length,
                 "recipe": recipe.settings(),
@@ -189,19 +196,21 @@ def _baseline(
     result, trained = None, 0
     if kind == TRAIN:
         compared = copy.deepcopy(model)
-        result = finetune(compared, bench.train, bench.tokenizer, training, head_parameters(model), bench.progress)
+        result = bench.finetune(compared, training, head_of(model, bench.task))
         trained = parameters
     elif kind == GIVEN:
         compared = model
     else:
-        compared, fresh = load_classifier(kind, bench.task, training.seed, bench.tokenizer)
+        compared, fresh = load_for(kind, bench.task, training.seed, bench.tokenizer)
         if fresh:
             raise SourceError(f"the baseline {kind} has no head for {bench.task.name}: {', '.join(fresh)} are missing")
         parameters = sum(p.numel() for p in compared.parameters())
+    if misfit := bench.task.misfit(compared.config):
+        raise SourceError(f"the baseline {kind} does not serve {bench.task.name}: {misfit}")
     with tempfile.TemporaryDirectory() as scratch, no_progress_bars():
         compared.save_pretrained(scratch)
         size = weight_bytes(Path(scratch))
-    return [(compared, ModelFigures(bench.score(compared), size, parameters, trained, math.nan, result))]
+    return [(compared, ModelFigures(bench.score(compared).scores, size, parameters, trained, math.nan, result))]
 
 
 def _machine() -> Mapping[str, Any]:

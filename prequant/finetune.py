@@ -8,12 +8,12 @@ from pathlib import Path
 
 from prequant.checkpoint.atomic import replacing
 from prequant.checkpoint.folder import is_ours
-from prequant.evaluation import Evaluation, evaluate
 from prequant.measure import installed_versions
 from prequant.quiet import no_progress_bars
 from prequant.report_file import write_report
-from prequant.sources import check_length, check_output, head_parameters, load_classifier, load_tokenizer
-from prequant.tasks import Task, encode, load_task_data
+from prequant.sources import check_length, check_output, head_of, load_for, load_tokenizer
+from prequant.tasks import Evaluation, Limits, Task
+from prequant.tasks.data import described
 from prequant.training import TrainingSettings, finetune
 
 
@@ -35,24 +35,24 @@ def finetune_baseline(
     """
     with nullcontext() if progress else no_progress_bars():
         check_output(Path(out), source)
+        task.check_metrics()
         tokenizer = load_tokenizer(source)
-        model, _ = load_classifier(source, task, training.seed, tokenizer)
+        model, _ = load_for(source, task, training.seed, tokenizer)
         check_length(model.config, max_length)
-        rows = load_task_data(task, data)
-        train, validation = (
-            encode(rows[split], task, tokenizer, max_length, progress) for split in ("train", "validation")
-        )
-        result = finetune(model, train, tokenizer, training, head_parameters(model), progress)
-        score = evaluate(model, task, validation, tokenizer, progress=progress)
+        rows = task.load(data)
+        train = task.encode(rows["train"], tokenizer, max_length, progress)
+        result = finetune(model, train, task.collator(tokenizer), training, head_of(model, task), progress)
+        score = task.evaluate(model, rows["validation"], tokenizer, Limits(max_length), progress)
         content = {
             "metric_name": score.metric_name,
             "metric": score.metric,
+            "scores": dict(score.scores),
             "examples": score.examples,
             "training": asdict(result),
             "settings": {
                 "model": str(source),
                 "task": task.name,
-                "data": str(data) if data is not None else "/".join(task.hub),
+                "data": described(task.hub, data),
                 "max_length": max_length,
                 **asdict(training),
                 "versions": installed_versions(),

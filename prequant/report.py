@@ -19,17 +19,26 @@ LATENCY_BATCH = 32
 class ModelFigures:
     """One column of the comparison.
 
-    ``bytes_on_disk`` are those of the safetensors files; ``parameters`` those of the model before compression,
-    ``trainable`` those of them that were trained; ``latency`` is in seconds, the median for one padded batch of
-    :data:`LATENCY_BATCH`.
+    ``scores`` by metric, the one that models are compared by first; ``bytes_on_disk`` are those of the safetensors
+    files; ``parameters`` those of the model before compression, ``trainable`` those of them that were trained;
+    ``latency`` is in seconds, the median for one padded batch of :data:`LATENCY_BATCH`.
     """
 
-    metric: float
+    scores: Mapping[str, float]
     bytes_on_disk: int
     parameters: int
     trainable: int
     latency: float
     training: TrainingResult | None = None
+
+    @property
+    def metric(self) -> float:
+        """The score that models are compared by."""
+        return next(iter(self.scores.values()))
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"metric": self.metric, **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,8 @@ class CompressionReport:
     def comparison(self) -> dict[str, float]:
         """The compressed model against the float one; empty without a baseline.
 
-        ``metric``: how much higher its score is. ``size`` and ``latency``: how many times smaller and faster it is.
+        ``metric``: how much higher its score is, by the first metric. ``size`` and ``latency``: how many times smaller
+        and faster it is.
         """
         base, ours = self.baseline, self.compressed
         if base is None:
@@ -63,8 +73,8 @@ class CompressionReport:
         return {
             "metric_name": self.metric_name,
             "examples": self.examples,
-            "baseline": asdict(self.baseline) if self.baseline else None,
-            "compressed": asdict(self.compressed),
+            "baseline": self.baseline.to_json() if self.baseline else None,
+            "compressed": self.compressed.to_json(),
             "comparison": self.comparison() or None,
             "error": error_summary(self.weights),
             "weights": rows_to_json(self.weights),
@@ -96,11 +106,7 @@ class CompressionReport:
     def _rows(self) -> list[tuple[str, Callable[[ModelFigures], str], str]]:
         versus, threads = self.comparison(), self.settings["threads"]
         rows: list[tuple[str, Callable[[ModelFigures], str], str]] = [
-            (
-                f"{self.metric_name} ({self.examples:,} examples)",
-                lambda figures: f"{figures.metric:.4f}",
-                f"{versus['metric']:+.4f}" if versus else "",
-            ),
+            *map(self._score_row, self.compressed.scores),
             (
                 "bytes on disk",
                 lambda figures: f"{figures.bytes_on_disk:,}",
@@ -125,6 +131,14 @@ class CompressionReport:
                 ),
             ]
         return rows
+
+    def _score_row(self, name: str) -> tuple[str, Callable[[ModelFigures], str], str]:
+        gain = self.compressed.scores[name] - self.baseline.scores[name] if self.baseline else None
+        return (
+            f"{name} ({self.examples:,} examples)",
+            lambda figures: f"{figures.scores[name]:.4f}",
+            "" if gain is None else f"{gain:+.4f}",
+        )
 
 
 def _times(factor: float | None, above: str, below: str) -> str:

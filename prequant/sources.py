@@ -13,7 +13,11 @@ import transformers
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -23,7 +27,14 @@ from transformers import (
 
 from prequant.checkpoint import load
 from prequant.checkpoint.atomic import check_writable
-from prequant.losses import SEQUENCE_CLASSIFICATION, task_of
+from prequant.losses import (
+    CAUSAL_LM,
+    QUESTION_ANSWERING,
+    SEQ2SEQ_LM,
+    SEQUENCE_CLASSIFICATION,
+    TOKEN_CLASSIFICATION,
+    task_of,
+)
 from prequant.model import MODEL_CLASS, ModelProgram
 from prequant.passes import Canonicalize, Pipeline, Program
 from prequant.quiet import no_load_report, no_progress_bars
@@ -35,6 +46,16 @@ EXAMPLE_TEXTS = ("one text", "and another one")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "spiece*", "*.model")
 """In a folder with a tokenizer there is at least one of these."""
+AUTO_CLASSES: Mapping[str, Any] = {
+    SEQUENCE_CLASSIFICATION: AutoModelForSequenceClassification,
+    TOKEN_CLASSIFICATION: AutoModelForTokenClassification,
+    QUESTION_ANSWERING: AutoModelForQuestionAnswering,
+    CAUSAL_LM: AutoModelForCausalLM,
+    SEQ2SEQ_LM: AutoModelForSeq2SeqLM,
+}
+"""What makes a model with a head for a kind of task."""
+WRITERS = (CAUSAL_LM, SEQ2SEQ_LM)
+"""Kinds of tasks whose head is the language model's own, and not new."""
 
 
 class SourceError(PrequantError):
@@ -126,25 +147,20 @@ def check_length(config: PretrainedConfig, max_length: int) -> None:
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 
-def load_classifier(
+def load_for(
     source: str | Path, task: Task, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """A float32 classifier for ``task``, and the names of the parameters that the source lacked: a new head, drawn from
-    ``seed``.
+    """A float32 model with a head for ``task``, and the names of the parameters that the source lacked: a new head,
+    drawn from ``seed``.
 
     ``tokenizer``: whose padding a model without one of its own goes by. In eval mode. Raises :class:`SourceError`.
     """
     if is_compressed(source):
         raise SourceError(f"{source} is compressed already; give the float model, or use 'prequant opt' to rewrite it")
-    names = dict(enumerate(task.labels))
-    with _reading(source, f"a classifier for {task.name}"):
+    with _reading(source, f"a model for {task.name}"):
         set_seed(seed)
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            source,
-            id2label=names,
-            label2id={name: i for i, name in names.items()},
-            dtype=torch.float32,
-            output_loading_info=True,
+        model, loading = AUTO_CLASSES[task.kind].from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, **task.head_options()
         )
     if tokenizer is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -186,18 +202,23 @@ def load_scored(source: str | Path, task: Task) -> tuple[PreTrainedModel | Model
     """
     if not is_compressed(source):
         tokenizer = load_tokenizer(source)
-        model, fresh = load_classifier(source, task, 0, tokenizer)
+        model, fresh = load_for(source, task, 0, tokenizer)
         if fresh:
             raise SourceError(
                 f"{source} has no head for {task.name}: {', '.join(fresh)} are missing; fine-tune it first"
             )
         return model, tokenizer
     program = load(source)
-    if not isinstance(program, ModelProgram) or program.task != SEQUENCE_CLASSIFICATION:
-        raise SourceError(f"{source} has no head for {task.name}: it holds no sequence classifier")
-    if program.config.num_labels != len(task.labels):
-        raise SourceError(f"{source} has {program.config.num_labels} classes; {task.name} has {len(task.labels)}")
+    if not isinstance(program, ModelProgram) or program.task != task.kind:
+        raise SourceError(f"{source} has no head for {task.name}: it holds no model for {task.kind}")
+    if misfit := task.misfit(program.config):
+        raise SourceError(f"{source} does not serve {task.name}: {misfit}")
     return program, load_tokenizer(source)
+
+
+def head_of(model: PreTrainedModel, task: Task) -> tuple[str, ...]:
+    """Names of the parameters that belong to ``task``; none where the language model's own head serves it."""
+    return () if task.kind in WRITERS else head_parameters(model)
 
 
 def head_parameters(model: PreTrainedModel) -> tuple[str, ...]:

@@ -15,8 +15,6 @@ from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -27,13 +25,14 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from prequant.measure import PeakMemory, tensor_bytes
 from prequant.runtime import PrequantError
+from prequant.tasks import Collator
 
 
 class TrainingError(PrequantError):
     """Settings that describe no training, or a model that has nothing to train."""
 
 
-SCALES = (".scale", ".alphas", ".zero_point")
+SCALES = (".scale", ".alphas", ".first_alphas", ".zero_point")
 """How the names of a compressed weight's scales end."""
 
 
@@ -104,15 +103,15 @@ class TrainingResult:
 def finetune(
     model: nn.Module,
     train: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
+    collate: Collator,
     settings: TrainingSettings,
     head: Iterable[str] = (),
     progress: bool = True,
 ) -> TrainingResult:
-    """Train the parameters of ``model`` that require a gradient, in place, on tokenized rows
-    (:func:`prequant.tasks.encode`).
+    """Train the parameters of ``model`` that require a gradient, in place, on encoded rows (:meth:`Task.encode`).
 
-    ``model``: anything that returns a loss when called with ``labels``; it trains on the device that it is on.
+    ``model``: anything that returns a loss when called with labels; it trains on the device that it is on. ``collate``
+    makes a batch of rows, as :meth:`Task.collator` gives it.
     ``head``: names of the head's parameters. Batches group sentences of similar length; their order depends on the seed
     and the rows alone, so two models see the same. The same seed on the same machine with one thread gives the same
     weights, bit for bit. The model is left in eval mode, its configuration as it was. Raises :class:`TrainingError` if
@@ -143,7 +142,7 @@ def finetune(
             model=model,
             args=arguments,
             train_dataset=train,
-            data_collator=DataCollatorWithPadding(tokenizer),
+            data_collator=collate,
             optimizers=(optimizer, None),
         )
         # Both print the closing figures as a dictionary; callers have a report.

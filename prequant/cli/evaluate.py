@@ -18,16 +18,16 @@ def evaluate(
     """Score a compressed folder, or an ordinary model folder, on a task's validation set."""
     from contextlib import nullcontext
 
-    from prequant.evaluation import evaluate as score
     from prequant.quiet import no_progress_bars
     from prequant.sources import check_length, load_scored
-    from prequant.tasks import encode, load_task_data
+    from prequant.tasks import Limits
     from prequant.tasks import task as find_task
 
     with no_progress_bars() if quiet else nullcontext():
         wanted = find_task(task)
+        wanted.check_metrics()
         model, tokenizer = load_scored(folder, wanted)
         check_length(model.config, max_length)
-        rows = encode(load_task_data(wanted, data)["validation"], wanted, tokenizer, max_length, progress=not quiet)
-        result = score(model, wanted, rows, tokenizer, batch_size, progress=not quiet)
-    show(f"{result.metric_name} {result.metric:.4f} on {result.examples:,} examples")
+        rows = wanted.load(data)["validation"]
+        result = wanted.evaluate(model, rows, tokenizer, Limits(max_length, batch_size), progress=not quiet)
+    show(f"{result.text()} on {result.examples:,} examples")

@@ -38,5 +38,5 @@ def finetune(
         dropout=usual.dropout if dropout is None else dropout,
     )
     figures = finetune_baseline(model, find_task(task), data, out, training, max_length=max_length, progress=not quiet)
-    show(f"{figures.metric_name} {figures.metric:.4f} on {figures.examples:,} examples")
+    show(f"{figures.text()} on {figures.examples:,} examples")
     show(f"saved to {out}")

@@ -10,13 +10,14 @@ import typer
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub name.", show_default=False)]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that prequant saved.")]
 Out = Annotated[Path, typer.Option("--out", help="The folder to write.")]
-TaskName = Annotated[str, typer.Option("--task", help="The task, such as sst2.")]
+TaskName = Annotated[str, typer.Option("--task", help="The task, such as sst2; 'prequant tasks' lists them.")]
 Data = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="A folder with train.* and validation.* (parquet, csv, tsv, json lines), one file with a 'split' column, "
-        "or 'sample' for the sentences that prequant ships. Without it, the hub's data set.",
+        help="A folder with train.* and validation.* (parquet, csv, tsv, json lines, text; .gz or not), one file with "
+        "a 'split' column, train=FILE,validation=FILE, a data set on the hub, or 'sample' for the sentences that "
+        "prequant ships. Without it, the task's own data set on the hub.",
     ),
 ]
 Epochs = Annotated[float, typer.Option(help="Passes over the training set.")]

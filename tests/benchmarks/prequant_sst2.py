@@ -23,7 +23,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from prequant.checkpoint import save
 from prequant.compress import NONE, compress
-from prequant.evaluation import evaluate
 from prequant.finetune import finetune_baseline
 from prequant.measure import weight_bytes, write_json
 from prequant.passes import Pipeline, Program, QuantizeWeights, SplitOutliers, lower, weights
@@ -31,7 +30,7 @@ from prequant.recipes import PreQuant
 from prequant.report_file import REPORT_FILE
 from prequant.runtime import Granularity
 from prequant.sources import canonical_program
-from prequant.tasks import encode, load_task_data, task
+from prequant.tasks import Limits, task
 from prequant.training import TrainingSettings
 
 SST2 = task("sst2")
@@ -108,7 +107,7 @@ def untrained(work: Path) -> dict[str, Any]:
                 row: dict[str, Any] = {"outliers": ratio, "granularity": granularity, "strategy": strategy}
                 for bits in (8, 4, 3, 2):
                     program = _quantized(original, bits, granularity, strategy, ratio)
-                    row[f"{bits} bits"] = evaluate(lower(program), SST2, *bench, progress=False).metric
+                    row[f"{bits} bits"] = SST2.evaluate(lower(program), *bench, progress=False).metric
                 rows.append(row)
                 print(row, flush=True)
     return {"rows": rows}
@@ -122,8 +121,8 @@ def equality(work: Path) -> dict[str, Any]:
         for ratio in (0.0, 0.005):
             program = _quantized(original, bits, "row", "mse", ratio)
             packed = lower(program)
-            simulated = evaluate(program, SST2, *bench, progress=False).logits.astype(np.float64)
-            lowered = evaluate(packed, SST2, *bench, progress=False).logits.astype(np.float64)
+            simulated = SST2.evaluate(program, *bench, progress=False).predictions.astype(np.float64)
+            lowered = SST2.evaluate(packed, *bench, progress=False).predictions.astype(np.float64)
             save(packed, work / "size-model")
             on_disk = (work / "size-model/model.safetensors").stat().st_size
             rows.append(
@@ -145,12 +144,12 @@ def equality(work: Path) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def _finetuned(work: Path) -> tuple[Program, tuple[Any, Any]]:
+def _finetuned(work: Path) -> tuple[Program, tuple[Any, Any, Limits]]:
     folder = work / "fp32-model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    rows = load_task_data(SST2, data_folder() / "glue/SST-2")["validation"]
-    return canonical_program(model, tokenizer), (encode(rows, SST2, tokenizer, MAX_LENGTH), tokenizer)
+    rows = SST2.load(data_folder() / "glue/SST-2")["validation"]
+    return canonical_program(model, tokenizer), (rows, tokenizer, Limits(MAX_LENGTH))
 
 
 def _quantized(original: Program, bits: int, granularity: str, strategy: str, ratio: float) -> Program:

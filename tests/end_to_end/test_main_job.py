@@ -20,10 +20,9 @@ from typer.testing import CliRunner
 import prequant
 from prequant.checkpoint import save
 from prequant.cli import app
-from prequant.evaluation import evaluate
 from prequant.passes import Pipeline, Program, QuantizeActivations, QuantizeWeights, SplitOutliers, lower, weights
-from prequant.sources import canonical_program, load_classifier
-from prequant.tasks import encode, load_task_data, task
+from prequant.sources import canonical_program, load_for
+from prequant.tasks import task
 
 SST2 = task("sst2")
 HEAD = ("classifier.weight", "classifier.bias")
@@ -78,15 +77,14 @@ def job(minilm_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 @pytest.fixture(scope="module")
 def original(minilm_path: Path) -> Program:
-    model, _ = load_classifier(minilm_path, SST2, 42)
+    model, _ = load_for(minilm_path, SST2, 42)
     return canonical_program(model, AutoTokenizer.from_pretrained(minilm_path))
 
 
 @pytest.fixture(scope="module")
 def validation(minilm_path: Path) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(minilm_path)
-    rows = load_task_data(SST2, "sample")["validation"]
-    return encode(rows, SST2, tokenizer, 128, progress=False), tokenizer
+    return SST2.load("sample")["validation"], tokenizer
 
 
 def test_compress_ends_with_the_comparison(job: tuple[Path, str]) -> None:
@@ -143,7 +141,7 @@ def test_lowered_equals_simulated_over_the_validation_set(
     simulated = Pipeline([*passes, *([QuantizeActivations(bits=8)] if activations else [])])(original)
     rows, tokenizer = validation
     first, second = (
-        evaluate(program, SST2, rows, tokenizer, progress=False).logits.astype(np.float64)
+        SST2.evaluate(program, rows, tokenizer, progress=False).predictions.astype(np.float64)
         for program in (simulated, lower(simulated))
     )
     assert np.abs(first - second).max() <= 1e-5 * np.abs(first).max()

@@ -17,10 +17,11 @@ from prequant.model import ModelProgram
 from prequant.passes import weights
 from prequant.report_file import REPORT_FILE
 from prequant.sources import load_program
+from prequant.tasks import TASKS
 
 from .tiny import LENGTH, make_model, make_tokenizer, save_folder, write_data
 
-COMMANDS = ("compress", "eval", "finetune", "generate", "inspect", "opt", "passes", "recipes")
+COMMANDS = ("compress", "eval", "finetune", "generate", "inspect", "opt", "passes", "recipes", "tasks")
 FOUR_PASSES = "canonicalize,split-outliers{ratio=0.01},quantize-weights{bits=4},lower"
 
 
@@ -76,6 +77,15 @@ def test_every_command_has_help_for_every_option(name: str) -> None:
     _, _, listed = text.partition("Options:\n")
     for option in re.split(r"\n  (?=-)", listed):
         assert re.match(r"\s*--[\w-]+.*?\s{2,}\S|\s*--[\w-]+ .*\n\s{10,}\S", option), option
+
+
+def test_tasks_are_listed_with_their_data_and_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    text = succeed("tasks")
+    for name, known in TASKS.items():
+        line = next(line for line in text.splitlines() if line.startswith(f"│ {name} "))
+        assert known.kind in line and "/".join(known.hub) in line
+        assert all(metric.name in line for metric in known.metrics)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +291,7 @@ JOB = ["compress", "{encoder}", "--task", "sst2", "--data", "{data}", "--out", "
 BAD: list[tuple[list[str], str]] = [
     (["compress", "no/such/folder", *JOB[2:]], "the model folder 'no/such/folder' does not exist"),
     (["compress", "{empty}", *JOB[2:]], "has no config.json, so it is no model folder"),
-    ([*JOB, "--task", "sst3"], "task 'sst3' is unknown; known are sst2"),
+    ([*JOB, "--task", "sst3"], "task 'sst3' is unknown; did you mean sst2"),
     ([*JOB, "--data", "none.tsv"], "data path 'none.tsv' does not exist"),
     ([*JOB, "--data", "{wrong}"], "has no column 'sentence', which task 'sst2' needs; it has text, label, split"),
     ([*JOB, "--recipe", "prequent"], "there is no recipe 'prequent'; did you mean prequant?"),

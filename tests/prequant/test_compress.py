@@ -13,7 +13,6 @@ from safetensors import safe_open
 import prequant
 from prequant import compress as job
 from prequant.compress import CompressionReport, compress
-from prequant.evaluation import evaluate
 from prequant.finetune import finetune_baseline
 from prequant.inspection import weight_rows
 from prequant.measure import PACKAGES, plain
@@ -21,8 +20,8 @@ from prequant.passes import weights
 from prequant.recipes import PreQuant
 from prequant.report_file import REPORT_FILE, recorded_errors
 from prequant.runtime import PrequantError
-from prequant.sources import SourceError, canonical_program, load_classifier
-from prequant.tasks import encode, load_task_data
+from prequant.sources import SourceError, canonical_program, load_for
+from prequant.tasks import Evaluation, Limits
 from prequant.training import TrainingSettings
 
 from .tiny import LENGTH, SST2, make_tokenizer, save_folder, write_data
@@ -66,8 +65,8 @@ def run(encoder: Path, data: Path, tmp_path: Path) -> Run:
     return call
 
 
-def validation(data: Path) -> Any:
-    return encode(load_task_data(SST2, data)["validation"], SST2, make_tokenizer(), LENGTH, progress=False)
+def evaluate(model: Any, data: Path) -> Evaluation:
+    return SST2.evaluate(model, SST2.load(data)["validation"], make_tokenizer(), Limits(LENGTH), progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +87,10 @@ def test_the_compressed_models_figures_are_those_of_the_folder(
 ) -> None:
     report, out = finished
     ours, program = report.compressed, prequant.load(out)
-    scored = evaluate(program, SST2, validation(data), make_tokenizer(), progress=False)
+    scored = evaluate(program, data)
     assert (ours.metric, report.metric_name, report.examples) == (scored.metric, "accuracy", 12)
     assert ours.bytes_on_disk == sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    model, _ = load_classifier(encoder, SST2, BUDGET.seed)
+    model, _ = load_for(encoder, SST2, BUDGET.seed)
     assert ours.parameters == sum(p.numel() for p in model.parameters())
     packed = [view for view in weights(program) if "scale" in view.tensors]
     trained = [view.tensors["scale"] for view in packed]
@@ -133,7 +132,7 @@ def test_both_start_from_the_same_head_and_leave_the_given_model_alone(
     monkeypatch.setattr(job, "finetune", spy)
     report = run(PreQuant(training=BUDGET), baseline="train")
     assert len(heads) == 2 and torch.equal(heads[0], heads[1])
-    fresh, _ = load_classifier(encoder, SST2, BUDGET.seed)
+    fresh, _ = load_for(encoder, SST2, BUDGET.seed)
     assert torch.equal(heads[0], fresh.state_dict()["classifier.weight"])
     # Errors are measured against the given model: had the baseline's training moved it, they would show.
     untouched = run(PreQuant(training=BUDGET))
@@ -150,8 +149,8 @@ def test_a_job_gives_the_same_model_whatever_else_it_measures(run: Run, tmp_path
 
 def test_other_models_can_be_compared_with(run: Run, tuned: Path, data: Path) -> None:
     given = run(PreQuant(train=()), source=tuned, baseline="given")
-    model, _ = load_classifier(tuned, SST2, 0)
-    score = evaluate(model, SST2, validation(data), make_tokenizer(), progress=False).metric
+    model, _ = load_for(tuned, SST2, 0)
+    score = evaluate(model, data).metric
     assert given.baseline is not None and given.baseline.training is None and given.compressed.training is None
     assert (given.baseline.metric, given.baseline.trainable, given.compressed.trainable) == (score, 0, 0)
     assert given.settings["baseline_training"] is None
@@ -166,7 +165,7 @@ def test_other_models_can_be_compared_with(run: Run, tuned: Path, data: Path) ->
 def test_stage_1_alone_is_the_quantized_model(run: Run, tuned: Path, tmp_path: Path) -> None:
     recipe = PreQuant(train=(), outlier_dtype="float32")
     run(recipe, source=tuned)
-    model, _ = load_classifier(tuned, SST2, 0)
+    model, _ = load_for(tuned, SST2, 0)
     original = canonical_program(model, make_tokenizer())
     expected = recipe.prepare(original, ("classifier.weight", "classifier.bias"))(original)
     saved = prequant.load(tmp_path / "out").state_dict()
@@ -181,9 +180,10 @@ def test_what_is_scored_are_the_outliers_as_they_are_stored(
 
     def spy(model: Any, *args: Any, **kwargs: Any) -> Any:
         scored.append(model)
-        return evaluate(model, *args, **kwargs)
+        return evaluating(SST2, model, *args, **kwargs)
 
-    monkeypatch.setattr(job, "evaluate", spy)
+    evaluating = type(SST2).evaluate
+    monkeypatch.setattr(type(SST2), "evaluate", lambda self, *args, **kwargs: spy(*args, **kwargs))
     run(PreQuant(outlier_dtype=dtype, training=BUDGET))  # type: ignore[arg-type]
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         values = {name: file.get_tensor(name) for name in list(file.keys()) if name.endswith("outliers.values")}
@@ -197,8 +197,8 @@ def test_eight_bit_activations_go_all_the_way(run: Run, data: Path, tmp_path: Pa
     formats = {view.name: view.input_format for view in weights(program) if view.kind == "linear"}
     assert formats.pop("classifier.weight") == "" and set(formats.values()) == {"affine8:row"}
     again = prequant.load(tmp_path / "out")
-    first, second = (evaluate(p, SST2, validation(data), make_tokenizer(), progress=False) for p in (program, again))
-    assert np.array_equal(first.logits, second.logits) and first.metric == report.compressed.metric
+    first, second = (evaluate(p, data) for p in (program, again))
+    assert np.array_equal(first.predictions, second.predictions) and first.metric == report.compressed.metric
 
 
 @pytest.mark.parametrize("family", ["DistilBert", "GPT2"])
@@ -365,8 +365,8 @@ def test_fine_tuning_saves_an_ordinary_folder_whole_or_not_at_all(
     options: dict[str, Any] = {"max_length": LENGTH, "progress": False}
     score = finetune_baseline(encoder, SST2, data, out, BUDGET, **options)
     model = AutoModelForSequenceClassification.from_pretrained(out)
-    again = evaluate(model, SST2, validation(data), make_tokenizer(), progress=False)
-    assert np.array_equal(score.logits, again.logits)
+    again = evaluate(model, data)
+    assert np.array_equal(score.predictions, again.predictions)
     config = json.loads((out / "config.json").read_text())
     assert "quantization_config" not in config and config["id2label"] == {"0": "negative", "1": "positive"}
     before = snapshot(out)

@@ -15,7 +15,7 @@ from prequant.recipes import PreQuant
 from prequant.sources import canonical_program, head_parameters
 from prequant.training import TrainingResult, TrainingSettings, finetune
 
-from .tiny import encoded, make_model, make_tokenizer
+from .tiny import collator, encoded, make_model, make_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def test_versions_are_those_of_everything_a_result_depends_on() -> None:
 
 
 def run(model: nn.Module) -> TrainingResult:
-    return finetune(model, encoded(), make_tokenizer(), TrainingSettings(max_steps=2, batch_size=4), progress=False)
+    return finetune(model, encoded(), collator(), TrainingSettings(max_steps=2, batch_size=4), progress=False)
 
 
 def wide() -> PreTrainedModel:

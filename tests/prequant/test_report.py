@@ -5,7 +5,7 @@ SETTINGS = {"model": "a [b] model", "task": "sst2", "recipe": {"recipe": "prequa
 
 
 def figures(metric: float, size: int, latency: float) -> ModelFigures:
-    return ModelFigures(metric, size, 1000, 25, latency)
+    return ModelFigures({"accuracy": metric, "F1": metric / 2}, size, 1000, 25, latency)
 
 
 BASE, OURS = figures(0.92, 4000, 0.010), figures(0.91, 1000, 0.025)
@@ -24,6 +24,7 @@ def test_the_table_says_what_is_compared_with_what() -> None:
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
     assert cells == [
         ["accuracy (872 examples)", "0.9200", "0.9100", "-0.0100"],
+        ["F1 (872 examples)", "0.4600", "0.4550", "-0.0050"],
         ["bytes on disk", "4,000", "1,000", "4.00x smaller"],
         ["parameters", "1,000", "1,000", ""],
         ["trained", "25", "25", ""],

@@ -20,7 +20,7 @@ from prequant.sources import (
     example_inputs_of,
     find_tokenizer,
     head_parameters,
-    load_classifier,
+    load_for,
     load_model,
     load_model_like,
     load_program,
@@ -64,7 +64,7 @@ def test_a_new_head_is_drawn_from_the_seed_alone(encoder: Path) -> None:
     heads = []
     for seed in (1, 2, 1):
         torch.rand(10)
-        model, fresh = load_classifier(encoder, SST2, seed)
+        model, fresh = load_for(encoder, SST2, seed)
         assert fresh == ("classifier.bias", "classifier.weight") == tuple(sorted(head_parameters(model)))
         loaded = model.state_dict()
         assert all(torch.equal(loaded[f"bert.{name}"], value) for name, value in body.items())
@@ -75,7 +75,7 @@ def test_a_new_head_is_drawn_from_the_seed_alone(encoder: Path) -> None:
 
 def test_a_head_that_is_there_is_kept(tmp_path: Path) -> None:
     folder = save_folder(tmp_path / "tuned", head="ForSequenceClassification")
-    model, fresh = load_classifier(folder, SST2, 3)
+    model, fresh = load_for(folder, SST2, 3)
     expected = make_model().state_dict()
     assert fresh == () and all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
@@ -84,7 +84,7 @@ def test_half_precision_files_become_float32(tmp_path: Path) -> None:
     half: Any = make_model()
     half.to(torch.bfloat16).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    model, _ = load_classifier(tmp_path, SST2, 0)
+    model, _ = load_for(tmp_path, SST2, 0)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     program = canonical_program(make_model(), make_tokenizer())
     assert load_model_like(tmp_path, program).dtype == torch.float32
@@ -103,7 +103,7 @@ def test_a_model_without_a_head_is_refused() -> None:
 
 
 def test_loading_says_nothing(encoder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    load_classifier(encoder, SST2, 0)
+    load_for(encoder, SST2, 0)
     printed = capfd.readouterr()
     assert (printed.out, printed.err) == ("", "")
 
@@ -132,7 +132,7 @@ def refuse(message: str, function: Any, *arguments: Any) -> None:
 )
 def test_what_is_not_there_is_no_matter_of_the_network(source: str | Path, message: str) -> None:
     refuse(message, load_tokenizer, source)
-    refuse(message, load_classifier, source, SST2, 0)
+    refuse(message, load_for, source, SST2, 0)
     refuse(message, load_model, source)
 
 
@@ -154,9 +154,9 @@ def test_damaged_weights_and_other_classes_are_named(encoder: Path, tmp_path: Pa
     AutoConfig.from_pretrained(encoder, num_labels=3).save_pretrained(tmp_path / "three")
     model = make_model(num_labels=3)
     model.save_pretrained(tmp_path / "three")
-    refuse("a classifier for sst2 of .* can't be loaded: ", load_classifier, tmp_path / "three", SST2, 0)
+    refuse("a model for sst2 of .* can't be loaded: ", load_for, tmp_path / "three", SST2, 0)
     (encoder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
-    refuse("a classifier for sst2 of .*encoder' can't be loaded: ", load_classifier, encoder, SST2, 0)
+    refuse("a model for sst2 of .*encoder' can't be loaded: ", load_for, encoder, SST2, 0)
     config = AutoConfig.from_pretrained(tmp_path / "three")
     config.architectures = ["MyOwn"]
     config.save_pretrained(tmp_path / "three")
@@ -164,7 +164,7 @@ def test_damaged_weights_and_other_classes_are_named(encoder: Path, tmp_path: Pa
 
 
 def test_a_compressed_folder_is_no_float_model(compressed: Path) -> None:
-    refuse("is compressed already; give the float model", load_classifier, compressed, SST2, 0)
+    refuse("is compressed already; give the float model", load_for, compressed, SST2, 0)
     program = load_program(compressed)
     refuse("is compressed; compare with the float model", load_model_like, compressed, program)
 
@@ -194,7 +194,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end_and_its_model_knows(tmp_p
     make_tokenizer(padding=False).save_pretrained(folder)
     tokenizer = load_tokenizer(folder)
     assert tokenizer.pad_token == "[SEP]"
-    model, _ = load_classifier(folder, SST2, 0, tokenizer)
+    model, _ = load_for(folder, SST2, 0, tokenizer)
     assert model.config.pad_token_id == tokenizer.pad_token_id == 2
     program = canonical_program(model, tokenizer)
     texts = ["a fine day", "no"]
@@ -270,9 +270,14 @@ def test_scoring_takes_a_model_with_the_tasks_head(encoder: Path, compressed: Pa
     assert not isinstance(load_scored(tuned, SST2)[0], ModelProgram)
     three = canonical_program(make_model(num_labels=3), make_tokenizer())
     save(three, tmp_path / "three", make_tokenizer())
-    refuse("three has 3 classes; sst2 has 2", load_scored, tmp_path / "three", SST2)
+    refuse("three does not serve sst2: it has 3 classes; sst2 has 2", load_scored, tmp_path / "three", SST2)
     save(canonical_program(make_model(head="Model"), make_tokenizer()), tmp_path / "plain", make_tokenizer())
-    refuse("plain has no head for sst2: it holds no sequence classifier", load_scored, tmp_path / "plain", SST2)
+    refuse(
+        "plain has no head for sst2: it holds no model for sequence-classification",
+        load_scored,
+        tmp_path / "plain",
+        SST2,
+    )
 
 
 def test_the_original_is_loaded_as_the_class_of_the_program(encoder: Path) -> None:

@@ -1,22 +1,19 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DataCollatorWithPadding
 
-from prequant import training
 from prequant.passes import Pipeline, Program, QuantizeWeights, SplitOutliers, Train, lower
 from prequant.recipes import PreQuant
 from prequant.runtime import PrequantError
 from prequant.sources import canonical_program, head_parameters
-from prequant.training import TrainingError, TrainingSettings, finetune, parameter_groups
+from prequant.training import TrainingError, TrainingResult, TrainingSettings, finetune, parameter_groups
 
-from .tiny import encoded, make_model, make_tokenizer
+from .tiny import collator, encoded, make_model, make_tokenizer
 
 QUICK = TrainingSettings(epochs=2, batch_size=8, learning_rate=1e-2)
 
@@ -32,8 +29,8 @@ def program_of(model: Any, **options: Any) -> Program:
     return PreQuant(**options).prepare(original, head_parameters(model))(original)
 
 
-def run(model: nn.Module, settings: TrainingSettings = QUICK, **options: Any) -> training.TrainingResult:
-    return finetune(model, encoded(), make_tokenizer(), settings, progress=False, **options)
+def run(model: nn.Module, settings: TrainingSettings = QUICK, collate: Any = None, **options: Any) -> TrainingResult:
+    return finetune(model, encoded(), collate or collator(), settings, progress=False, **options)
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -47,21 +44,18 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 # ---- what it computes ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[list[int]]]]:
-    """The token ids of every batch, without padding, as the collator gets them."""
-    batches: list[list[list[int]]] = []
+class Seen:
+    """A collator that keeps the token ids of every batch, without padding."""
 
-    class Spy(DataCollatorWithPadding):
-        def __call__(self, features: list[dict[str, Any]]) -> Any:
-            batches.append([list(row["input_ids"]) for row in features])
-            return super().__call__(features)
+    def __init__(self) -> None:
+        self.batches: list[list[list[int]]] = []
 
-    monkeypatch.setattr(training, "DataCollatorWithPadding", Spy)
-    yield batches
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        self.batches.append([list(row["input_ids"]) for row in rows])
+        return collator()(rows)
 
 
-def test_training_is_adamw_with_warmup_clipping_and_decay_as_the_settings_say(seen: list[list[list[int]]]) -> None:
+def test_training_is_adamw_with_warmup_clipping_and_decay_as_the_settings_say() -> None:
     """Against a loop written out here, over the batches that were seen; without dropout, there is no chance in it."""
     settings = TrainingSettings(
         epochs=2,
@@ -74,7 +68,8 @@ def test_training_is_adamw_with_warmup_clipping_and_decay_as_the_settings_say(se
     )
     model = make_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     ours = copy.deepcopy(model)
-    result = run(ours, settings, head=("classifier.weight", "classifier.bias"))
+    collate = Seen()
+    result = run(ours, settings, collate, head=("classifier.weight", "classifier.bias"))
 
     rows, tokenizer = encoded(), make_tokenizer()
     labels = {tuple(row["input_ids"]): row["labels"] for row in rows}
@@ -91,9 +86,9 @@ def test_training_is_adamw_with_warmup_clipping_and_decay_as_the_settings_say(se
     optimizer = torch.optim.AdamW(groups)
     peaks = [group["lr"] for group in optimizer.param_groups]
     steps = 2 * math.ceil(len(rows) / 5)
-    assert result.steps == len(seen) == steps
+    assert result.steps == len(collate.batches) == steps
     losses = []
-    for step, batch in enumerate(seen):
+    for step, batch in enumerate(collate.batches):
         warmup = math.ceil(0.3 * steps)
         factor = step / warmup if step < warmup else (steps - step) / (steps - warmup)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -123,18 +118,17 @@ def test_without_dropout_nothing_is_dropped_and_the_mode_is_free_again(kind: str
     assert same(trained(False), never) and not same(trained(True), never)
 
 
-def test_an_eager_model_and_a_program_see_the_same_batches_in_the_same_order(seen: list[list[list[int]]]) -> None:
-    run(make_model())
-    eager = list(seen)
-    seen.clear()
-    run(program_of(make_model()))
-    assert seen == eager and len(seen) == 6
-    for epoch in (seen[:3], seen[3:]):
+def test_an_eager_model_and_a_program_see_the_same_batches_in_the_same_order() -> None:
+    eager, compressed, other = Seen(), Seen(), Seen()
+    run(make_model(), collate=eager)
+    run(program_of(make_model()), collate=compressed)
+    batches = compressed.batches
+    assert batches == eager.batches and len(batches) == 6
+    for epoch in (batches[:3], batches[3:]):
         assert sorted(ids for batch in epoch for ids in batch) == sorted(map(list, encoded()["input_ids"]))
-    assert seen[:3] != seen[3:]
-    seen.clear()
-    run(make_model(), TrainingSettings(epochs=2, batch_size=8, seed=7))
-    assert seen != eager
+    assert batches[:3] != batches[3:]
+    run(make_model(), TrainingSettings(epochs=2, batch_size=8, seed=7), other)
+    assert other.batches != batches
 
 
 @pytest.mark.parametrize("kind", ["eager", "program"])
@@ -191,7 +185,7 @@ def test_the_configuration_is_as_before_and_the_model_evaluates() -> None:
 
 @pytest.mark.parametrize("progress", [False, True])
 def test_nothing_is_printed_but_the_bar(progress: bool, capfd: pytest.CaptureFixture[str]) -> None:
-    finetune(make_model(), encoded(), make_tokenizer(), TrainingSettings(max_steps=2), progress=progress)
+    finetune(make_model(), encoded(), collator(), TrainingSettings(max_steps=2), progress=progress)
     printed = capfd.readouterr()
     assert printed.out == ""
     assert ("2/2" in printed.err) == progress

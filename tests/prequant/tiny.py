@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from prequant.tasks import Task, encode, load_task_data, task
+from prequant.tasks import Collator, Task, task
 
 SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 LENGTH = 32
@@ -102,7 +102,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def make_model(family: str = "Bert", head: str = "ForSequenceClassification", **options: Any) -> PreTrainedModel:
     """A random model, the same every time."""
-    config = getattr(transformers, f"{family}Config")(vocab_size=vocabulary_size(), **{**CONFIGS[family], **options})
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=vocabulary_size(), **{**CONFIGS.get(family, {}), **options}
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return getattr(transformers, family + head)(config).eval()
@@ -126,5 +128,10 @@ def write_data(path: Path, train: int = 24, validation: int = 12) -> Path:
 
 def encoded(split: str = "train", count: int = 24) -> Any:
     """Tokenized rows of the sample."""
-    rows = load_task_data(SST2, "sample")[split].select(range(count))
-    return encode(rows, SST2, make_tokenizer(), LENGTH, progress=False)
+    rows = SST2.load("sample")[split].select(range(count))
+    return SST2.encode(rows, make_tokenizer(), LENGTH, progress=False)
+
+
+def collator() -> Collator:
+    """What makes batches of them."""
+    return SST2.collator(make_tokenizer())

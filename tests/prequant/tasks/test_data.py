@@ -1,19 +1,18 @@
 import csv
+import gzip
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
 import pytest
 from datasets import Dataset
 
-from prequant import tasks
 from prequant.runtime import PrequantError
-from prequant.tasks import SAMPLE, TASKS, TaskError, accuracy, encode, load_task_data, task
+from prequant.sources import AUTO_CLASSES
+from prequant.tasks import SAMPLE, TASKS, TaskError, data, task
 
-from .tiny import LENGTH, SST2, make_tokenizer, sentences
+from ..tiny import SST2, sentences
 
 ROWS = [("a fine day", 1), ('"Quoted", and then some', 0), ("plain, with a comma", 1)]
 
@@ -37,62 +36,58 @@ def pairs(rows: Dataset) -> list[tuple[str, int]]:
     return list(zip(rows["sentence"], rows["label"], strict=True))
 
 
-def test_accuracy_is_the_share_of_hits() -> None:
-    assert accuracy(np.array([1, 0, 1, 1]), np.array([1, 1, 1, 0])) == 0.5
-
-
 def test_an_unknown_task_is_refused_with_those_there_are() -> None:
     assert task("sst2") is TASKS["sst2"]
-    with pytest.raises(TaskError, match="task 'sst-2' is unknown; known are sst2"):
+    with pytest.raises(TaskError, match=r"task 'sst-2' is unknown; did you mean .*sst2"):
         task("sst-2")
     assert issubclass(TaskError, PrequantError)
 
 
 def test_the_sample_is_what_its_file_says() -> None:
-    data = load_task_data(SST2, SAMPLE)
+    splits = SST2.load(SAMPLE)
     for split in ("train", "validation"):
         expected = [(row["sentence"], int(row["label"])) for row in sentences() if row["split"] == split]
-        assert pairs(data[split]) == expected
-    assert (len(data["train"]), len(data["validation"])) == (240, 80)
+        assert pairs(splits[split]) == expected
+    assert (len(splits["train"]), len(splits["validation"])) == (240, 80)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", tasks.READERS)
+@pytest.mark.parametrize("suffix", [suffix for suffix in data.READERS if suffix != ".txt"])
 @pytest.mark.parametrize("name", ["validation", "dev"])
 def test_a_folder_of_any_type_gives_the_rows_as_they_are(tmp_path: Path, suffix: str, name: str) -> None:
     write(tmp_path / f"train{suffix}")
     write(tmp_path / f"{name}{suffix}", ROWS[:1])
-    data = load_task_data(SST2, tmp_path)
-    assert pairs(data["train"]) == ROWS
-    assert pairs(data["validation"]) == ROWS[:1]
+    splits = SST2.load(tmp_path)
+    assert pairs(splits["train"]) == ROWS
+    assert pairs(splits["validation"]) == ROWS[:1]
 
 
 def test_a_folder_may_hold_splits_of_two_types_and_other_columns(tmp_path: Path) -> None:
     write(tmp_path / "train.parquet", split=["x", "y", "z"])
     write(tmp_path / "valid.csv")
-    data = load_task_data(SST2, str(tmp_path))
-    assert data["train"].column_names == data["validation"].column_names == ["sentence", "label"]
-    assert pairs(data["train"]) == pairs(data["validation"]) == ROWS
+    splits = SST2.load(str(tmp_path))
+    assert splits["train"].column_names == splits["validation"].column_names == ["sentence", "label"]
+    assert pairs(splits["train"]) == pairs(splits["validation"]) == ROWS
 
 
 def test_one_file_is_split_by_its_column(tmp_path: Path) -> None:
     file = write(tmp_path / "all.csv", [*ROWS, ("for later", 0)], ["train", "dev", "train", "test"])
-    data = load_task_data(SST2, file)
-    assert (pairs(data["train"]), pairs(data["validation"])) == ([ROWS[0], ROWS[2]], [ROWS[1]])
+    splits = SST2.load(file)
+    assert (pairs(splits["train"]), pairs(splits["validation"])) == ([ROWS[0], ROWS[2]], [ROWS[1]])
 
 
 def test_a_quotation_mark_in_a_tsv_swallows_no_rows(tmp_path: Path) -> None:
     rows = [('"an opening quote and no closing one', 1), ("the next row", 0), ('it ends" here', 1)]
     write(tmp_path / "train.tsv", rows)
     write(tmp_path / "dev.tsv", rows)
-    assert pairs(load_task_data(SST2, tmp_path)["train"]) == rows
+    assert pairs(SST2.load(tmp_path)["train"]) == rows
 
 
 def refuse(path: Path | str | None, message: str) -> None:
     with pytest.raises(TaskError, match=message) as caught:
-        load_task_data(SST2, path)
+        SST2.load(path)
     assert "\n" not in str(caught.value)
 
 
@@ -152,43 +147,51 @@ def test_without_a_path_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> Non
         asked.append(where)
         return {"train": rows, "validation": rows, "test": rows}
 
-    monkeypatch.setattr(tasks, "load_dataset", hub)
-    assert pairs(load_task_data(SST2)["train"]) == [("a", 0), ("b", 1)]
+    monkeypatch.setattr(data, "load_dataset", hub)
+    assert pairs(SST2.load()["train"]) == [("a", 0), ("b", 1)]
     assert asked == [("nyu-mll/glue", "sst2")]
 
     def offline(*where: str) -> None:
         raise ConnectionError("no route\nto the host")
 
-    monkeypatch.setattr(tasks, "load_dataset", offline)
+    monkeypatch.setattr(data, "load_dataset", offline)
     refuse(None, r"nyu-mll/glue/sst2 of task 'sst2' can't be had from the hub \(no route\); give a path .*'sample'")
 
 
-# ---- tokens ----------------------------------------------------------------------------------------------------------
+def test_files_may_be_named_for_each_split_and_be_compressed(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a.csv"), write(tmp_path / "b,c.jsonl", ROWS[:1])
+    packed = tmp_path / "a.csv.gz"
+    packed.write_bytes(gzip.compress(first.read_bytes()))
+    splits = SST2.load(f"train={packed},validation={second}")
+    assert (pairs(splits["train"]), pairs(splits["validation"])) == (ROWS, ROWS[:1])
+    refuse(f"train={packed}", "names no file for validation: write train=FILE,validation=FILE")
+    refuse(f"train={packed},validation={tmp_path / 'none.csv'}", "none.csv' does not exist")
+    packed.rename(tmp_path / "trainset.csv.gz")
+    write(tmp_path / "devset.csv")
+    assert pairs(SST2.load(tmp_path)["train"]) == ROWS
 
 
-def test_rows_are_encoded_as_the_tokenizer_does_it_alone() -> None:
-    tokenizer, rows = make_tokenizer(), load_task_data(SST2, SAMPLE)["validation"].select(range(9))
-    encoded = encode(rows, SST2, tokenizer, LENGTH, progress=False)
-    assert encoded.column_names == ["input_ids", "attention_mask", "labels"]
-    assert list(encoded["labels"]) == list(rows["label"])
-    assert list(encoded["input_ids"]) == [tokenizer(text)["input_ids"] for text in rows["sentence"]]
-    short = encode(rows, SST2, tokenizer, 5, progress=False)
-    for cut, whole in zip(short["input_ids"], encoded["input_ids"], strict=True):
-        assert len(cut) == 5 and cut[:4] == whole[:4] and cut[4] == whole[-1]
+def test_another_data_set_of_the_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, asked = Dataset.from_dict({"sentence": ["a"], "label": [0]}), []
+
+    def hub(*where: str) -> dict[str, Dataset]:
+        asked.append(where)
+        return {"train": rows, "dev": rows}
+
+    monkeypatch.setattr(data, "load_dataset", hub)
+    assert pairs(SST2.load("some-one/some.thing")["validation"]) == [("a", 0)]
+    assert asked == [("some-one/some.thing",)]
+    with pytest.raises(TaskError, match=r"the data set nyu-mll/glue/mnli has no validation split; it has train, dev$"):
+        data.read_splits("mnli", ("nyu-mll/glue", "mnli"), None, ("validation_matched",))
 
 
-@pytest.mark.parametrize("length", [2, 0, -1, LENGTH + 1])
-def test_lengths_that_fit_no_text_or_no_model_are_refused(length: int) -> None:
-    rows = load_task_data(SST2, SAMPLE)["train"].select(range(2))
-    with pytest.raises(TaskError, match=f"max_length={length}: expected 3 to {LENGTH} tokens"):
-        encode(rows, SST2, make_tokenizer(), length)
+def test_the_sample_is_for_its_own_task_alone() -> None:
+    with pytest.raises(TaskError, match="prequant ships no sample for task 'cola'"):
+        task("cola").load(SAMPLE)
 
 
-@pytest.mark.parametrize("shown", [True, False])
-def test_bars_are_hidden_only_while_it_lasts(shown: bool, capfd: pytest.CaptureFixture[str]) -> None:
-    # Rows in memory: of those from a file, ``datasets`` keeps what it made before, and shows no bar.
-    rows = datasets.Dataset.from_dict({"sentence": ["one", "two", "three"], "label": [0, 1, 0]})
-    assert not datasets.are_progress_bars_disabled()
-    encode(rows, SST2, make_tokenizer(), LENGTH, progress=shown)
-    assert ("tokenizing sst2" in capfd.readouterr().err) == shown
-    assert not datasets.are_progress_bars_disabled()
+def test_every_task_has_a_kind_of_model_and_a_score() -> None:
+    for name, known in TASKS.items():
+        assert name == known.name and known.kind in AUTO_CLASSES and known.metrics and known.hub
+    assert {known.kind for known in TASKS.values()} == set(AUTO_CLASSES)
+    assert [name for name, known in TASKS.items() if known.lower_is_better] == ["wikitext2"]
