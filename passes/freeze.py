@@ -18,6 +18,7 @@ from .program import Program
 from .scope import Scope
 from .sites import OUTLIER_PREFIX, WeightSite, weight_sites
 from .train import quantizes_activation
+from .trained_alphas import join_alphas
 from .weights import WeightView, weights
 
 
@@ -39,6 +40,8 @@ class Freeze(WeightPass):
     def run(self, program: Program) -> Report:
         """Freeze every weight in scope."""
         report = self.report()
+        everything = sum(value.numel() for value in program.parameters() if value.requires_grad)
+        join_alphas(program)
         views = self._views(program, report)
         sites = {site.name: site for site in weight_sites(program)}
         parts = {name for view in views for name in view.tensors.values()}
@@ -57,7 +60,7 @@ class Freeze(WeightPass):
         parts = {name for view in weights(program) if view.name in names for name in view.tensors.values()}
         for name in self._trained(program, parts):
             program.set_tensor(name, program.tensor(name), trainable=False)
-        report.totals.update(frozen=trained)
+        report.totals.update(frozen=trained if self.include or self.exclude else everything)
         return report
 
     def _views(self, program: Program, report: Report) -> list[WeightView]:

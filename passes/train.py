@@ -18,6 +18,7 @@ from .packed import operands_of, scoped, uses_of
 from .program import Program
 from .scope import Scope, ScopeError
 from .sites import OUTLIER_PREFIX, WeightSite
+from .trained_alphas import expose_alphas, join_alphas
 from .weights import WeightView, weights
 
 aten = torch.ops.aten
@@ -64,6 +65,10 @@ class Train(WeightPass):
     """Zero points of asymmetric weights, and of asymmetric static activations."""
     alphas: bool = False
     """All alphas of binary-coded weights."""
+    first_alphas: bool = False
+    """The alphas of the first plane alone; the others stay as they are."""
+    mean_alpha_gradients: bool = False
+    """Divide gradients of alphas by the number of weights that share one."""
     outliers: bool = False
     """Values of split outliers."""
     latents: bool = False
@@ -88,18 +93,28 @@ class Train(WeightPass):
             raise PassError(f"nothing is to train: switch on one of {', '.join(MISSING)}, or name a head")
         if self.reset_outliers and not self.outliers:
             raise PassError("reset_outliers goes with outliers=True")
+        if self.alphas and self.first_alphas:
+            raise PassError("alphas=True trains the first ones, too: choose one of alphas and first_alphas")
+        if self.mean_alpha_gradients and not (self.alphas or self.first_alphas):
+            raise PassError("mean_alpha_gradients goes with alphas or first_alphas")
 
     def run(self, program: Program) -> Report:
         """Clone and unfreeze what trains, freeze the rest."""
         report = self.report()
+        join_alphas(program)
         views = weights(program)
         found = _candidates(program, views)
         model = _model_elements(program, views, found)
         kinds = self._chosen(found, report) | dict.fromkeys(self._head(program, views, report), HEAD)
+        sharing = {view.tensors["alphas"]: _sharing(view) for view in views if "alphas" in view.tensors}
         sparse = [view for view in views if VALUES in view.tensors]
         starts = {view.tensors[VALUES]: _under(view) for view in sparse if self.reset_outliers}
         for name, value in list(program.named_parameters(remove_duplicate=False)):
-            if name in kinds:
+            if kinds.get(name) == "alphas":
+                gradient = 1 / sharing[name] if self.mean_alpha_gradients else 1.0
+                trained = expose_alphas(program, name, self.first_alphas, gradient)
+                report.rewrite(trained, "alphas", parameters=program.tensor(trained).numel())
+            elif name in kinds:
                 # Outliers stored in 16 bits would swallow the steps of an optimizer.
                 master = value.detach().float() if ("outliers", name) in found else value.detach()
                 program.set_tensor(name, starts.get(name, master).clone(), trainable=True)
@@ -118,7 +133,7 @@ class Train(WeightPass):
     # ---- choosing
 
     def _wanted(self) -> list[str]:
-        return [kind for kind in MISSING if getattr(self, kind)]
+        return [kind for kind in MISSING if getattr(self, kind) or (kind == "alphas" and self.first_alphas)]
 
     def _chosen(self, found: dict[tuple[str, str], WeightSite], report: Report) -> dict[str, str]:
         """Kinds of the parameters that train, by name, without the head."""
@@ -151,6 +166,11 @@ class Train(WeightPass):
             if stored and any(fnmatchcase(name, pattern) for name in names for pattern in self.head):
                 report.keep(view.name, f"its {stored.pop()} do not train: exclude the head from quantization")
         return chosen
+
+
+def _sharing(view: WeightView) -> int:
+    """How many weights share an alpha."""
+    return WeightFormat.parse(view.format).group_size or view.shape[1]
 
 
 def _under(view: WeightView) -> Tensor:

@@ -57,6 +57,14 @@ def _fake_quantize_backward(ctx: Any, needs: Needs, gradient: Tensor) -> Gradien
     )
 
 
+def _scale_gradient_setup(ctx: Any, needs: Needs, arguments: Arguments, options: dict[str, Any]) -> None:
+    ctx.factor = options["factor"]
+
+
+def _scale_gradient_backward(ctx: Any, needs: Needs, gradient: Tensor) -> Gradients:
+    return (gradient * ctx.factor,)
+
+
 def _add_outliers_setup(ctx: Any, needs: Needs, arguments: Arguments, options: dict[str, Any]) -> None:
     ctx.save_for_backward(*arguments[1:])
     ctx.replace = options["replace"]
@@ -226,6 +234,7 @@ def _spread_by_row(part: Tensor, rows: Tensor, whole: Tensor, format: WeightForm
 register_gradient("dequantize", _dequantize_setup, _dequantize_backward)
 register_gradient("dequantize_bcq", _dequantize_setup, _dequantize_bcq_backward)
 register_gradient("fake_quantize", _fake_quantize_setup, _fake_quantize_backward)
+register_gradient("scale_gradient", _scale_gradient_setup, _scale_gradient_backward)
 register_gradient("add_outliers", _add_outliers_setup, _add_outliers_backward)
 register_gradient("packed_linear", _packed_linear_setup, _packed_linear_backward)
 register_composite("packed_linears", _packed_linears)

@@ -32,6 +32,7 @@ _SCHEMAS = {
     "bool scale_gradient=True) -> Tensor",
     "dynamic_scale": "(Tensor input, *, str format) -> Tensor",
     "uncalibrated": "(Tensor input, *, str format, str observer, str name) -> Tensor",
+    "scale_gradient": "(Tensor input, *, float factor) -> Tensor",
     "add_outliers": "(Tensor weight, Tensor values, Tensor columns, Tensor row_offsets, *, bool replace) -> Tensor",
     "packed_linear": f"(Tensor input, Tensor codes, Tensor scale, Tensor? zero_point, {_OUTLIERS}, Tensor? bias, "
     "Tensor? input_scale, Tensor? input_zero_point, Tensor? residual=None, str format='', int columns=0, "
@@ -239,6 +240,10 @@ def _packed_embedding(
     )
 
 
+def _scale_gradient(input: Tensor, *, factor: float) -> Tensor:
+    return input.clone()  # an op's result may be no view of what it was given
+
+
 KERNELS: dict[str, Callable[..., Any]] = {
     "quantize": _quantize,
     "dequantize": _dequantize,
@@ -246,6 +251,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "fake_quantize": _fake_quantize,
     "dynamic_scale": _dynamic_scale,
     "uncalibrated": _uncalibrated,
+    "scale_gradient": _scale_gradient,
     "add_outliers": _add_outliers,
     "packed_linear": _packed_linear,
     "packed_linears": _packed_linears,
@@ -270,6 +276,7 @@ dequantize_bcq = torch.ops.prequant.dequantize_bcq.default
 fake_quantize = torch.ops.prequant.fake_quantize.default
 dynamic_scale = torch.ops.prequant.dynamic_scale.default
 uncalibrated = torch.ops.prequant.uncalibrated.default
+scale_gradient = torch.ops.prequant.scale_gradient.default
 add_outliers = torch.ops.prequant.add_outliers.default
 packed_linear = torch.ops.prequant.packed_linear.default
 packed_linears = torch.ops.prequant.packed_linears.default
@@ -318,6 +325,11 @@ def _(input: Tensor, *, format: str) -> Tensor:
 
 @torch.library.register_fake("prequant::uncalibrated", lib=library)
 def _(input: Tensor, *, format: str, observer: str, name: str) -> Tensor:
+    return torch.empty_like(input)
+
+
+@torch.library.register_fake("prequant::scale_gradient", lib=library)
+def _(input: Tensor, *, factor: float) -> Tensor:
     return torch.empty_like(input)
 
 

@@ -21,7 +21,7 @@ def compress(
     model: options.Model,
     out: options.Out,
     task: options.TaskName,
-    recipe: Annotated[str, typer.Option(help="The method: prequant.")] = "prequant",
+    recipe: Annotated[str, typer.Option(help="The method: prequant or alphatuning.")] = "prequant",
     data: options.Data = None,
     bits: Annotated[int | None, typer.Option(help="Bits per weight, 1 to 8.", show_default="the recipe's")] = None,
     granularity: Annotated[
@@ -52,8 +52,12 @@ def compress(
     baseline_learning_rate: Annotated[
         float | None, typer.Option(help="Peak learning rate of the float model.", show_default="5e-5")
     ] = None,
-    epochs: options.Epochs = 3.0,
-    batch_size: options.BatchSize = 32,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the training set.", show_default="the recipe's")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Examples per step.", min=1, show_default="the recipe's")
+    ] = None,
     learning_rate: options.LearningRate = None,
     head_learning_rate: options.HeadLearningRate = None,
     scale_learning_rate: options.ScaleLearningRate = None,
@@ -79,8 +83,8 @@ def compress(
     chosen = recipe_type(recipe)()
     training = replace(
         chosen.training,
-        epochs=epochs,
-        batch_size=batch_size,
+        epochs=chosen.training.epochs if epochs is None else epochs,
+        batch_size=chosen.training.batch_size if batch_size is None else batch_size,
         max_steps=max_steps,
         seed=seed,
         **_rates(learning_rate, head_learning_rate, scale_learning_rate),

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from prequant.passes.options import near_misses
 from prequant.runtime import PrequantError
 
+from .alphatuning import AlphaTuning
 from .base import Recipe
 from .prequant import PreQuant
 
-RECIPES: Mapping[str, type[Recipe]] = {kind.name: kind for kind in (PreQuant,)}
+RECIPES: Mapping[str, type[Recipe]] = {kind.name: kind for kind in (AlphaTuning, PreQuant)}
 
 
 def recipe_type(name: str) -> type[Recipe]:
@@ -18,4 +19,4 @@ def recipe_type(name: str) -> type[Recipe]:
     return RECIPES[name]
 
 
-__all__ = ["RECIPES", "PreQuant", "Recipe", "recipe_type"]
+__all__ = ["RECIPES", "AlphaTuning", "PreQuant", "Recipe", "recipe_type"]

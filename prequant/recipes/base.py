@@ -6,7 +6,17 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-from prequant.passes import OptionError, Pipeline, Program
+from prequant.passes import (
+    ComposeOps,
+    FuseEpilogue,
+    FuseParallelLinears,
+    OptionError,
+    Pass,
+    Pipeline,
+    Plan,
+    Program,
+    weight_sites,
+)
 from prequant.passes.options import fit, options_of
 from prequant.training import TrainingSettings
 
@@ -48,3 +58,16 @@ class Recipe(ABC):
     def settings(self) -> dict[str, Any]:
         """Name and every field."""
         return {"recipe": self.name, **asdict(self)}
+
+
+def head_weights(program: Program, head: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the weights among the parameters of the task head, by which passes leave them alone."""
+    return tuple(site.name for site in weight_sites(program) if not set(head).isdisjoint(site.names))
+
+
+def speed_passes() -> tuple[Pass, ...]:
+    """What makes a lowered Program fast that trains no more.
+
+    Not before: a fused activation is computed again in every backward.
+    """
+    return (ComposeOps(), FuseEpilogue(), FuseParallelLinears(), Plan())

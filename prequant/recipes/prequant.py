@@ -9,26 +9,21 @@ from typing import ClassVar, Literal
 
 from prequant.passes import (
     Canonicalize,
-    ComposeOps,
     Freeze,
-    FuseEpilogue,
-    FuseParallelLinears,
     Lower,
     Pass,
     Pipeline,
-    Plan,
     Program,
     QuantizeActivations,
     QuantizeWeights,
     SplitOutliers,
     Train,
-    weight_sites,
 )
 from prequant.runtime import Granularity, PrequantError
 from prequant.runtime.quantizer import Quantizer
 from prequant.training import TrainingSettings
 
-from .base import Recipe
+from .base import Recipe, head_weights, speed_passes
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,7 @@ class PreQuant(Recipe):
 
     def prepare(self, program: Program, head: tuple[str, ...]) -> Pipeline:
         """Stage 1, lowered so that stage 2 runs on packed codes, and the choice of what trains."""
-        kept = tuple(site.name for site in weight_sites(program) if not set(head).isdisjoint(site.names))
+        kept = head_weights(program, head)
         passes: list[Pass] = [
             *self._split_outliers(kept),
             self._quantize_weights(kept),
@@ -130,11 +125,8 @@ class PreQuant(Recipe):
     def finish(self) -> Pipeline:
         """Outlier values take their storage type; nothing trains any more, so what can be fused is, and calls go by a
         plan.
-
-        Not before: a fused activation is computed again in every backward.
         """
-        fusions = (ComposeOps(), FuseEpilogue(), FuseParallelLinears())
-        return Pipeline([Freeze(outlier_dtype=self.outlier_dtype), *fusions, Plan()])
+        return Pipeline([Freeze(outlier_dtype=self.outlier_dtype), *speed_passes()])
 
     def _split_outliers(self, kept: tuple[str, ...]) -> list[Pass]:
         return (

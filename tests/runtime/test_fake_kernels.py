@@ -243,3 +243,13 @@ def test_an_uncalibrated_activation_can_be_traced() -> None:
     with torch._subclasses.FakeTensorMode():
         input = torch.empty(2, 3)
         assert ops.uncalibrated(input, format="affine8:tensor", observer="minmax", name="x").shape == (2, 3)
+
+
+def test_scale_gradient() -> None:
+    check(ops.scale_gradient, torch.randn(3, 4), factor=0.5)
+    input = torch.randn(3, 4, requires_grad=True)
+    check(ops.scale_gradient, input, factor=-2.0)
+    result = ops.scale_gradient(input, factor=0.25)
+    assert torch.equal(result, input) and result.data_ptr() != input.data_ptr()
+    (result * torch.arange(12.0).reshape(3, 4)).sum().backward()
+    assert input.grad is not None and torch.equal(input.grad, torch.arange(12.0).reshape(3, 4) / 4)
