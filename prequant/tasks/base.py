@@ -53,6 +53,9 @@ class Limits:
     batch_size: int = 64
 
 
+LIMITS = Limits()
+
+
 @dataclass(frozen=True)
 class Task(ABC):
     """A task.
@@ -110,7 +113,7 @@ class Task(ABC):
         model: nn.Module,
         rows: Dataset,
         tokenizer: PreTrainedTokenizerBase,
-        limits: Limits = Limits(),
+        limits: Limits = LIMITS,
         progress: bool = True,
     ) -> Evaluation:
         """Score ``model`` on rows, on the device that it is on. The model is left in eval mode."""

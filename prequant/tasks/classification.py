@@ -12,7 +12,7 @@ from transformers import DataCollatorWithPadding, PretrainedConfig, PreTrainedTo
 
 from prequant.losses import SEQUENCE_CLASSIFICATION
 
-from .base import Collator, Evaluation, Limits, Task, class_misfit, class_options
+from .base import LIMITS, Collator, Evaluation, Limits, Task, class_misfit, class_options
 from .data import check_columns, check_length, check_texts, mapped
 from .errors import TaskError
 from .metrics import ACCURACY, Metric
@@ -21,7 +21,6 @@ from .predicting import outputs
 HIDDEN_LABEL = -1
 """What GLUE's test sets carry instead of a label."""
 REGRESSION = "regression"
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -91,14 +90,13 @@ class SequenceClassification(Task):
         model: nn.Module,
         rows: Dataset,
         tokenizer: PreTrainedTokenizerBase,
-        limits: Limits = Limits(),  # noqa: B008  (frozen)
+        limits: Limits = LIMITS,
         progress: bool = True,
     ) -> Evaluation:
         """See :meth:`Task.evaluate`."""
         encoded = self.encode(rows, tokenizer, limits.max_length, progress)
-        columns = [name for name in encoded.column_names if name in INPUTS]
         words, collate = f"evaluating {self.name}", self.collator(tokenizer)
-        found = outputs(model, encoded, columns, ["logits"], collate, limits.batch_size, words, progress)
+        found = outputs(model, encoded, ["logits"], collate, limits.batch_size, words, progress)
         logits = np.stack(found["logits"])
         predicted = logits.argmax(1) if self.labels else logits[:, 0]
         true = np.asarray(encoded["labels"])

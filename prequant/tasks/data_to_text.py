@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from datasets import Dataset
@@ -12,7 +12,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from prequant.losses import CAUSAL_LM
 
-from .base import Collator, Evaluation, Limits, Task
+from .base import LIMITS, Collator, Evaluation, Limits, Task
 from .data import check_columns, check_length, mapped
 from .errors import TaskError
 from .generating import generated
@@ -36,8 +36,8 @@ class Reading:
 
 def _slots(text: str) -> str:
     """``name[Blue Spice], eatType[pub]`` as ``name : Blue Spice | eatType : pub``."""
-    slots = [slot.partition("[") for slot in text.strip().rstrip("]").split("], ")]
-    if not all(bracket for _, bracket, _ in slots):
+    slots = [slot.partition("[") for slot in text.strip().removesuffix("]").split("], ")]
+    if not text.strip().endswith("]") or not all(bracket for _, bracket, _ in slots):
         raise TaskError(f"{text!r} is no meaning representation: expected name[value], name[value], ...")
     return " | ".join(f"{name} : {value}" for name, _, value in slots)
 
@@ -83,7 +83,7 @@ class DataToText(Task):
     """
 
     readings: tuple[Reading, ...]
-    measures: tuple[Metric, ...] = field(default=(BLEU, ROUGE_L, NIST))
+    measures: tuple[Metric, ...] = (BLEU, ROUGE_L, NIST)
     beams: int = 10
     length_penalty: float = 0.9
     longest_text: int = 64
@@ -164,7 +164,7 @@ class DataToText(Task):
         model: nn.Module,
         rows: Dataset,
         tokenizer: PreTrainedTokenizerBase,
-        limits: Limits = Limits(),  # noqa: B008  (frozen)
+        limits: Limits = LIMITS,
         progress: bool = True,
     ) -> Evaluation:
         """See :meth:`Task.evaluate`."""

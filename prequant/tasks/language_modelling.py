@@ -14,7 +14,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from prequant.losses import CAUSAL_LM
 
-from .base import Collator, Evaluation, Limits, Task
+from .base import LIMITS, Collator, Evaluation, Limits, Task
 from .data import check_columns, check_length, check_texts, mapped
 from .errors import TaskError
 from .metrics import PERPLEXITY, Metric
@@ -96,7 +96,7 @@ class LanguageModelling(Task):
         model: nn.Module,
         rows: Dataset,
         tokenizer: PreTrainedTokenizerBase,
-        limits: Limits = Limits(),  # noqa: B008  (frozen)
+        limits: Limits = LIMITS,
         progress: bool = True,
     ) -> Evaluation:
         """See :meth:`Task.evaluate`."""

@@ -13,6 +13,9 @@ from tqdm.auto import tqdm
 
 from .base import Collator
 
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+"""What models read of encoded rows, where it is there."""
+
 
 def batches(
     model: nn.Module,
@@ -40,7 +43,6 @@ def batches(
 def outputs(
     model: nn.Module,
     rows: Dataset,
-    columns: Sequence[str],
     names: Sequence[str],
     collate: Collator,
     batch_size: int,
@@ -48,6 +50,7 @@ def outputs(
     progress: bool,
 ) -> dict[str, list[np.ndarray]]:
     """The outputs ``names`` of each row, in the order of the rows, padding and all."""
+    columns = [name for name in rows.column_names if name in INPUTS]
     found: dict[str, list[Any]] = {name: [None] * len(rows) for name in names}
     for numbers, batch in batches(model, rows, columns, collate, batch_size, description, progress):
         result: Mapping[str, Tensor] = model(**batch)

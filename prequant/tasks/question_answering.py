@@ -16,14 +16,13 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from prequant.losses import QUESTION_ANSWERING
 
-from .base import Collator, Evaluation, Limits, Task
+from .base import LIMITS, Collator, Evaluation, Limits, Task
 from .data import check_columns, check_length, check_texts, check_values, mapped
 from .errors import TaskError
 from .metrics import Metric
 from .predicting import outputs
 
 COLUMNS = ("question", "context", "answers")
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 START, END, OFFSETS, ROW = "start_positions", "end_positions", "offsets", "row"
 BEST = 20
 """Candidates for the first and for the last token of an answer that are looked at."""
@@ -168,15 +167,14 @@ class QuestionAnswering(Task):
         model: nn.Module,
         rows: Dataset,
         tokenizer: PreTrainedTokenizerBase,
-        limits: Limits = Limits(),  # noqa: B008  (frozen)
+        limits: Limits = LIMITS,
         progress: bool = True,
     ) -> Evaluation:
         """See :meth:`Task.evaluate`."""
         parts = self._parts(rows, tokenizer, limits.max_length, progress)
-        columns = [name for name in parts.column_names if name in INPUTS]
         logits = ("start_logits", "end_logits")
         words, collate = f"evaluating {self.name}", self.collator(tokenizer)
-        found = outputs(model, parts, columns, logits, collate, limits.batch_size, words, progress)
+        found = outputs(model, parts, logits, collate, limits.batch_size, words, progress)
         best: list[tuple[float, str]] = [(-np.inf, "")] * len(rows)
         contexts = rows["context"]
         for row, offsets, start, end in zip(parts[ROW], parts[OFFSETS], *(found[name] for name in logits), strict=True):

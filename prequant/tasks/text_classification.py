@@ -12,7 +12,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from prequant.losses import SEQ2SEQ_LM
 
-from .base import Collator, Evaluation, Limits, Task
+from .base import LIMITS, Collator, Evaluation, Limits, Task
 from .classification import SequenceClassification
 from .data import check_length, mapped
 from .generating import generated
@@ -87,7 +87,7 @@ class TextClassification(Task):
         model: nn.Module,
         rows: Dataset,
         tokenizer: PreTrainedTokenizerBase,
-        limits: Limits = Limits(),  # noqa: B008  (frozen)
+        limits: Limits = LIMITS,
         progress: bool = True,
     ) -> Evaluation:
         """See :meth:`Task.evaluate`; the model writes greedily."""

@@ -13,7 +13,7 @@ from transformers import DataCollatorForTokenClassification, PretrainedConfig, P
 
 from prequant.losses import TOKEN_CLASSIFICATION
 
-from .base import Collator, Evaluation, Limits, Task, class_misfit, class_options
+from .base import LIMITS, Collator, Evaluation, Limits, Task, class_misfit, class_options
 from .data import check_columns, check_length, check_values, mapped
 from .errors import TaskError
 from .metrics import ENTITY_F1, TOKEN_ACCURACY, Metric
@@ -21,7 +21,6 @@ from .predicting import outputs
 
 IGNORED = -100
 """The label of tokens that are no first token of a word."""
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -84,14 +83,13 @@ class TokenClassification(Task):
         model: nn.Module,
         rows: Dataset,
         tokenizer: PreTrainedTokenizerBase,
-        limits: Limits = Limits(),  # noqa: B008  (frozen)
+        limits: Limits = LIMITS,
         progress: bool = True,
     ) -> Evaluation:
         """See :meth:`Task.evaluate`."""
         encoded = self.encode(rows, tokenizer, limits.max_length, progress)
-        columns = [name for name in encoded.column_names if name in INPUTS]
         words, collate = f"evaluating {self.name}", self.collator(tokenizer)
-        found = outputs(model, encoded, columns, ["logits"], collate, limits.batch_size, words, progress)
+        found = outputs(model, encoded, ["logits"], collate, limits.batch_size, words, progress)
         predicted = []
         for logits, labels, tags in zip(found["logits"], encoded["labels"], rows[self.tags], strict=True):
             firsts = np.flatnonzero(np.asarray(labels) != IGNORED)

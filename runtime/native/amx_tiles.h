@@ -246,7 +246,8 @@ private:
     int64_t last_group_ = 0;
     bool behind_ = false;
     int of_group_ = 1, of_tile_ = 4;
-    alignas(64) Product products_[kTogether * 4];
+    // Rows of tokens that there are not stay 0: what memory happens to hold may be numbers that are slow to add.
+    alignas(64) Product products_[kTogether * 4] = {};
     alignas(64) float sums_[2][2 * kTile][kPanelRows];  // [panel][token][row], as `finish` takes them
 };
 
