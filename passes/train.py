@@ -66,7 +66,8 @@ class Train(WeightPass):
     alphas: bool = False
     """All alphas of binary-coded weights."""
     first_alphas: bool = False
-    """The alphas of the first plane alone; the others stay as they are."""
+    """The alphas of the first plane alone; the others stay as they are. Until ``freeze`` puts them together again, the
+    Program can't be saved."""
     mean_alpha_gradients: bool = False
     """Divide gradients of alphas by the number of weights that share one."""
     outliers: bool = False

@@ -150,7 +150,8 @@ class _Checker:
 
     def _stored(self, part: str, value: Any) -> str:
         if not (isinstance(value, fx.Node) and value.op == "get_attr"):
-            raise CheckpointError(f"its {part} is {describe(value)}, which is no stored tensor")
+            advice = "; if it is being trained, freeze first" if part == "alphas" else ""
+            raise CheckpointError(f"its {part} is {describe(value)}, which is no stored tensor{advice}")
         return str(value.target)
 
 

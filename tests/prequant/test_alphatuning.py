@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 
 import prequant
+from prequant.checkpoint import CheckpointError, save
 from prequant.compress import compress
 from prequant.passes import Program, weights
 from prequant.recipes import AlphaTuning
@@ -92,6 +93,16 @@ def test_what_trains_is_what_the_option_says(decoder: Path) -> None:
 def test_options_that_make_no_recipe_are_named_at_once(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PrequantError, match=message):
         AlphaTuning(**options)
+
+
+def test_a_program_that_trains_is_not_saved_before_it_is_frozen(decoder: Path, tmp_path: Path) -> None:
+    recipe = AlphaTuning()
+    _, program = prepared(decoder, recipe, E2E)
+    with pytest.raises(CheckpointError, match=r"its alphas is .*; if it is being trained, freeze first"):
+        save(program, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    save(recipe.finish()(program), tmp_path / "out")
+    assert sum(p.numel() for p in prequant.load(tmp_path / "out").parameters()) > 0
 
 
 def test_the_whole_job_on_text_from_data(decoder: Path, meanings: Path, tmp_path: Path) -> None:
