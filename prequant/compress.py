@@ -22,7 +22,7 @@ from prequant.checkpoint import load, save
 from prequant.checkpoint.atomic import replacing
 from prequant.checkpoint.folder import is_ours
 from prequant.inspection import weight_rows
-from prequant.losses import LABELS
+from prequant.losses import LABELS, SEQ2SEQ_LM
 from prequant.measure import installed_versions, median_seconds, weight_bytes
 from prequant.quiet import no_progress_bars
 from prequant.recipes import Recipe
@@ -73,7 +73,8 @@ class _Workbench:
         few = self.validation.select(range(min(LATENCY_BATCH, len(self.validation))))
         encoded = self.task.encode(few, self.tokenizer, self.limits.max_length, progress=False)
         batch = self.task.collator(self.tokenizer)([encoded[i] for i in range(min(LATENCY_BATCH, len(encoded)))])
-        batch = {name: value for name, value in batch.items() if name not in LABELS[self.task.kind]}
+        if self.task.kind != SEQ2SEQ_LM:  # whose decoder reads them
+            batch = {name: value for name, value in batch.items() if name not in LABELS[self.task.kind]}
         with torch.inference_mode():
             return median_seconds([partial(model, **batch) for model in models])
 

@@ -11,7 +11,7 @@ from prequant.passes import BinaryCode, Canonicalize, Freeze, Lower, Pipeline, P
 from prequant.runtime import PrequantError
 from prequant.training import TrainingSettings
 
-from .base import Recipe, head_weights, speed_passes
+from .base import Recipe, has_biases, head_weights, speed_passes
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class AlphaTuning(Recipe):
             first_alphas="first-alphas" in self.train,
             mean_alpha_gradients=alphas and self.mean_gradients,
             layer_norms="layer-norms" in self.train,
-            biases="biases" in self.train,
+            biases="biases" in self.train and has_biases(program),
             head=head if "head" in self.train else (),
         )
         return Pipeline([*passes, train])

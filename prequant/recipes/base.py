@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+import torch
+
 from prequant.passes import (
     ComposeOps,
     FuseEpilogue,
@@ -63,6 +65,12 @@ class Recipe(ABC):
 def head_weights(program: Program, head: tuple[str, ...]) -> tuple[str, ...]:
     """Names of the weights among the parameters of the task head, by which passes leave them alone."""
     return tuple(site.name for site in weight_sites(program) if not set(head).isdisjoint(site.names))
+
+
+def has_biases(program: Program) -> bool:
+    """Whether any linear of a canonical Program has a bias: T5's have none."""
+    linears = program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    return any(len(node.args) > 2 and node.args[2] is not None for node in linears)
 
 
 def speed_passes() -> tuple[Pass, ...]:

@@ -23,7 +23,7 @@ from prequant.runtime import Granularity, PrequantError
 from prequant.runtime.quantizer import Quantizer
 from prequant.training import TrainingSettings
 
-from .base import Recipe, head_weights, speed_passes
+from .base import Recipe, has_biases, head_weights, speed_passes
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class PreQuant(Recipe):
         "scales",
         "biases",
     )
-    """What stage 2 trains; nothing stands for stage 1 alone."""
+    """What stage 2 trains, biases where there are some; nothing stands for stage 1 alone."""
     train_embedding_outliers: bool = False
     """Whether the outliers of embeddings are among those that train. A batch reaches only the rows that it looks up."""
     activation_bits: int = 0
@@ -114,7 +114,7 @@ class PreQuant(Recipe):
                     outliers="outliers" in self.train,
                     scales="scales" in self.train,
                     layer_norms="layer-norms" in self.train,
-                    biases="biases" in self.train,
+                    biases="biases" in self.train and has_biases(program),
                     head=head if "head" in self.train else (),
                     embedding_outliers=self.train_embedding_outliers,
                     reset_outliers=self.reset_outliers,
