@@ -40,13 +40,13 @@ class Freeze(WeightPass):
     def run(self, program: Program) -> Report:
         """Freeze every weight in scope."""
         report = self.report()
-        everything = sum(value.numel() for value in program.parameters() if value.requires_grad)
-        join_alphas(program)
-        views = self._views(program, report)
+        trained = _trainable(program)
+        names = {view.name for view in self._views(program, report)}
+        join_alphas(program, names)
+        views = [view for view in weights(program) if view.name in names]
         sites = {site.name: site for site in weight_sites(program)}
         parts = {name for view in views for name in view.tensors.values()}
         _check_finite(program, parts)
-        trained = sum(program.tensor(name).numel() for name in self._trained(program, parts))
         for view in views:
             latent = "latent" in view.tensors
             if latent:
@@ -56,11 +56,10 @@ class Freeze(WeightPass):
                 report.keep(view.name, f"{view.format}: not latent")
         if not (self.include or self.exclude):
             _store_positive_input_scales(program)
-        names = {view.name for view in views}
         parts = {name for view in weights(program) if view.name in names for name in view.tensors.values()}
         for name in self._trained(program, parts):
             program.set_tensor(name, program.tensor(name), trainable=False)
-        report.totals.update(frozen=trained if self.include or self.exclude else everything)
+        report.totals.update(frozen=trained - _trainable(program))
         return report
 
     def _views(self, program: Program, report: Report) -> list[WeightView]:
@@ -93,6 +92,11 @@ class Freeze(WeightPass):
         everything = not (self.include or self.exclude)
         named = program.named_parameters(remove_duplicate=False)
         return [name for name, value in named if value.requires_grad and (everything or name in parts)]
+
+
+def _trainable(program: Program) -> int:
+    """How many numbers train."""
+    return sum(value.numel() for value in program.parameters() if value.requires_grad)
 
 
 def _packed(site: WeightSite) -> WeightSite:

@@ -102,7 +102,7 @@ class Train(WeightPass):
     def run(self, program: Program) -> Report:
         """Clone and unfreeze what trains, freeze the rest."""
         report = self.report()
-        join_alphas(program)
+        join_alphas(program, {view.name for view in weights(program)})
         views = weights(program)
         found = _candidates(program, views)
         model = _model_elements(program, views, found)

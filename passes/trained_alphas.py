@@ -9,6 +9,8 @@ that share an alpha (its equation 4).
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 from torch import fx
 
@@ -52,13 +54,14 @@ def expose_alphas(program: Program, name: str, first: bool, gradient: float) -> 
     return trained
 
 
-def join_alphas(program: Program) -> None:
-    """Put together what :func:`expose_alphas` took apart, with the values as they are now."""
+def join_alphas(program: Program, weights: Container[str]) -> None:
+    """Put together what :func:`expose_alphas` took apart of these weights, with the values as they are now."""
     for node in program.graph.find_nodes(op="call_function", target=ops.scale_gradient):
-        node.replace_all_uses_with(node.args[0])
-        program.graph.erase_node(node)
+        if _weight_of(node.args[0]) in weights:
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
     for first in program.graph.find_nodes(op="get_attr"):
-        if not str(first.target).endswith(FIRST):
+        if not str(first.target).endswith(FIRST) or _weight_of(first) not in weights:
             continue
         (joined,) = first.users
         others: fx.Node = joined.args[0][1]
@@ -71,3 +74,8 @@ def join_alphas(program: Program) -> None:
             program.graph.erase_node(node)
         for part in parts:
             program.delete_tensor(part)
+
+
+def _weight_of(alphas: fx.Node) -> str:
+    """The weight that stored alphas belong to."""
+    return str(alphas.target).rpartition(".")[0]

@@ -14,6 +14,9 @@ def tasks() -> None:
 
     def summary(name: str) -> str:
         task = TASKS[name]
-        return f"{task.kind} on {'/'.join(task.hub)}, by {', '.join(metric.name for metric in task.metrics)}"
+        scores = ", ".join(metric.name for metric in task.metrics) + (
+            " (lower is better)" if task.lower_is_better else ""
+        )
+        return f"{task.kind} on {'/'.join(task.hub)}, by {scores}"
 
     show(listing((name, summary(name), ()) for name in TASKS))

@@ -44,7 +44,7 @@ class AlphaTuning(Recipe):
             epochs=5.0,
             batch_size=8,
             head_learning_rate=1e-3,
-            scale_learning_rate=0.1,  # what lowers the loss fastest on E2E, of 0.01 to 0.3
+            scale_learning_rate=0.1,
             weight_decay=0.0,
             dropout=False,
         ),

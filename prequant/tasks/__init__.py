@@ -1,6 +1,6 @@
 """Tasks: where their data comes from, what a model reads of it, how a model is scored. One file per kind of task."""
 
-from .base import Collator, Evaluation, Limits, Task
+from .base import Evaluation, Task
 from .catalog import TASKS, task
 from .classification import SequenceClassification
 from .data import SAMPLE
@@ -8,6 +8,7 @@ from .data_to_text import DataToText, Reading
 from .errors import TaskError
 from .language_modelling import LanguageModelling
 from .metrics import Metric
+from .predicting import Collator, Limits
 from .question_answering import QuestionAnswering
 from .text_classification import TextClassification
 from .token_classification import TokenClassification

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,8 +14,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from .data import SPLITS, described, read_splits
 from .metrics import Metric
+from .predicting import Collator, Limits, Reader
 
-Collator = Callable[[list[dict[str, Any]]], Any]
+LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,6 @@ class Evaluation:
     def text(self) -> str:
         """All scores in a line."""
         return ", ".join(f"{name} {score:.4f}" for name, score in self.scores.items())
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much of a text a model reads and how many rows at once: tokens, and rows."""
-
-    max_length: int = 128
-    batch_size: int = 64
-
-
-LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -107,7 +97,6 @@ class Task(ABC):
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         """What makes a batch of encoded rows."""
 
-    @abstractmethod
     def evaluate(
         self,
         model: nn.Module,
@@ -117,6 +106,16 @@ class Task(ABC):
         progress: bool = True,
     ) -> Evaluation:
         """Score ``model`` on rows, on the device that it is on. The model is left in eval mode."""
+        words = f"evaluating {self.name}"
+        return self.judged(Reader(model, tokenizer, self.collator(tokenizer), limits, words, progress), rows)
+
+    @abstractmethod
+    def judged(self, reader: Reader, rows: Dataset) -> Evaluation:
+        """The score of the model that reads, on rows."""
+
+    def scores(self, predictions: Any, targets: Any) -> dict[str, float]:
+        """Every metric's score."""
+        return {metric.name: metric(predictions, targets) for metric in self.metrics}
 
     def head_options(self) -> dict[str, Any]:
         """What the configuration of a model with a head for this task says, beyond the model's own."""

@@ -7,16 +7,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset
-from torch import nn
 from transformers import DataCollatorWithPadding, PretrainedConfig, PreTrainedTokenizerBase
 
 from prequant.losses import SEQUENCE_CLASSIFICATION
 
-from .base import LIMITS, Collator, Evaluation, Limits, Task, class_misfit, class_options
+from .base import Evaluation, Task, class_misfit, class_options
 from .data import check_columns, check_length, check_texts, mapped
 from .errors import TaskError
 from .metrics import ACCURACY, Metric
-from .predicting import outputs
+from .predicting import Collator, Reader
 
 HIDDEN_LABEL = -1
 """What GLUE's test sets carry instead of a label."""
@@ -85,22 +84,14 @@ class SequenceClassification(Task):
         """See :meth:`Task.collator`."""
         return DataCollatorWithPadding(tokenizer)
 
-    def evaluate(
-        self,
-        model: nn.Module,
-        rows: Dataset,
-        tokenizer: PreTrainedTokenizerBase,
-        limits: Limits = LIMITS,
-        progress: bool = True,
-    ) -> Evaluation:
-        """See :meth:`Task.evaluate`."""
-        encoded = self.encode(rows, tokenizer, limits.max_length, progress)
-        words, collate = f"evaluating {self.name}", self.collator(tokenizer)
-        found = outputs(model, encoded, ["logits"], collate, limits.batch_size, words, progress)
+    def judged(self, reader: Reader, rows: Dataset) -> Evaluation:
+        """See :meth:`Task.judged`."""
+        encoded = self.encode(rows, reader.tokenizer, reader.limits.max_length, reader.progress)
+        found = reader.outputs(encoded, ["logits"])
         logits = np.stack(found["logits"])
         predicted = logits.argmax(1) if self.labels else logits[:, 0]
         true = np.asarray(encoded["labels"])
-        return Evaluation({metric.name: metric(predicted, true) for metric in self.metrics}, len(rows), logits)
+        return Evaluation(self.scores(predicted, true), len(rows), logits)
 
     def head_options(self) -> dict[str, Any]:
         """Names of the classes, or that it is a number."""

@@ -58,7 +58,7 @@ def read_splits(
     """
     names = {**SPLITS, "validation": tuple(validation)}
     if path is None:
-        return _from_hub(task, hub, names)
+        return _from_hub(task, hub, names, sample)
     text = str(path)
     if text == SAMPLE:
         if not sample:
@@ -75,7 +75,7 @@ def read_splits(
         and HUB_NAME.fullmatch(text)
         and not reader_of(Path(path))
     ):
-        return _from_hub(task, (text,), names)
+        return _from_hub(task, (text,), names, sample)
     return _split_by_column(read_file(Path(path)), Path(path), names)
 
 
@@ -109,7 +109,7 @@ def read_file(file: Path) -> Dataset:
         raise TaskError(f"{file} can't be read as {builder}: {_first_line(error.__cause__ or error)}") from error
 
 
-def _from_hub(task: str, hub: Sequence[str], names: Mapping[str, Sequence[str]]) -> dict[str, Dataset]:
+def _from_hub(task: str, hub: Sequence[str], names: Mapping[str, Sequence[str]], sample: bool) -> dict[str, Dataset]:
     where = "/".join(hub)
     try:
         found = load_dataset(*hub)
@@ -118,7 +118,7 @@ def _from_hub(task: str, hub: Sequence[str], names: Mapping[str, Sequence[str]])
     ) as error:  # no network, no such data set, no disk space: whatever it is, here is what to do instead
         raise TaskError(
             f"the data set {where} of task {task!r} can't be had from the hub ({_first_line(error)}); "
-            "give a path with the data" + (f", or {SAMPLE!r}" if task == "sst2" else "")
+            "give a path with the data" + (f", or {SAMPLE!r}" if sample else "")
         ) from error
     splits = {}
     for split, candidates in names.items():

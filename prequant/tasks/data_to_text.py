@@ -7,18 +7,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from datasets import Dataset
-from torch import nn
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from prequant.losses import CAUSAL_LM
 
-from .base import LIMITS, Collator, Evaluation, Limits, Task
+from .base import Evaluation, Task
 from .data import check_columns, check_length, mapped
 from .errors import TaskError
-from .generating import generated
 from .metrics import BLEU, NIST, ROUGE_L, Metric
+from .predicting import IGNORED, Collator, Reader
 
-IGNORED = -100
 SEPARATOR = " ||"
 """Between the data and the text, as in the fine-tuning of GPT-2 by Hu et al. (arXiv 2106.09685)."""
 
@@ -159,17 +157,11 @@ class DataToText(Task):
         """See :meth:`Task.collator`."""
         return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
 
-    def evaluate(
-        self,
-        model: nn.Module,
-        rows: Dataset,
-        tokenizer: PreTrainedTokenizerBase,
-        limits: Limits = LIMITS,
-        progress: bool = True,
-    ) -> Evaluation:
-        """See :meth:`Task.evaluate`."""
-        self._check(tokenizer, limits.max_length)
-        ids = [self._prompt_ids(tokenizer, source, limits.max_length) for source in rows["source"]]
+    def judged(self, reader: Reader, rows: Dataset) -> Evaluation:
+        """See :meth:`Task.judged`."""
+        tokenizer, length = reader.tokenizer, reader.limits.max_length
+        self._check(tokenizer, length)
+        ids = [self._prompt_ids(tokenizer, source, length) for source in rows["source"]]
         prompts = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
         settings: dict[str, Any] = {
             "max_new_tokens": self.longest_text,
@@ -179,7 +171,5 @@ class DataToText(Task):
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
-        words = f"evaluating {self.name}"
-        texts = generated(model, prompts, tokenizer, limits.batch_size, words, progress, **settings)
-        references = list(rows["references"])
-        return Evaluation({metric.name: metric(texts, references) for metric in self.metrics}, len(rows), texts)
+        texts = reader.generated(prompts, **settings)
+        return Evaluation(self.scores(texts, list(rows["references"])), len(rows), texts)

@@ -9,18 +9,16 @@ from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
-from torch import nn
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from prequant.losses import CAUSAL_LM
 
-from .base import LIMITS, Collator, Evaluation, Limits, Task
+from .base import Evaluation, Task
 from .data import check_columns, check_length, check_texts, mapped
 from .errors import TaskError
 from .metrics import PERPLEXITY, Metric
-from .predicting import batches
+from .predicting import IGNORED, Collator, Reader
 
-IGNORED = -100
 COLUMNS = ("input_ids", "attention_mask", "labels")
 
 
@@ -91,24 +89,17 @@ class LanguageModelling(Task):
                 break
         return Dataset.from_dict(rows)
 
-    def evaluate(
-        self,
-        model: nn.Module,
-        rows: Dataset,
-        tokenizer: PreTrainedTokenizerBase,
-        limits: Limits = LIMITS,
-        progress: bool = True,
-    ) -> Evaluation:
-        """See :meth:`Task.evaluate`."""
-        ids = self._ids(rows, tokenizer, limits.max_length, progress)
-        windows, collate = self.windows(ids, limits.max_length), self.collator(tokenizer)
+    def judged(self, reader: Reader, rows: Dataset) -> Evaluation:
+        """See :meth:`Task.judged`."""
+        length = reader.limits.max_length
+        ids = self._ids(rows, reader.tokenizer, length, reader.progress)
         total: list[float] = []
-        words = f"evaluating {self.name}"
-        for _, batch in batches(model, windows, COLUMNS, collate, limits.batch_size, words, progress):
+        for _, batch in reader.batches(self.windows(ids, length), COLUMNS):
             labels = batch.pop("labels")
-            logits = model(**batch).logits
+            logits = reader.model(**batch).logits
             losses = torch.nn.functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
             )
             total.append(float(losses))
-        return Evaluation({PERPLEXITY.name: PERPLEXITY(math.fsum(total), len(ids) - 1)}, len(ids) - 1, None)
+        scored = len(ids) - 1
+        return Evaluation(self.scores(math.fsum(total), scored), scored, None)

@@ -11,16 +11,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset
-from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from prequant.losses import QUESTION_ANSWERING
 
-from .base import LIMITS, Collator, Evaluation, Limits, Task
+from .base import Evaluation, Task
 from .data import check_columns, check_length, check_texts, check_values, mapped
 from .errors import TaskError
 from .metrics import Metric
-from .predicting import outputs
+from .predicting import Collator, Reader
 
 COLUMNS = ("question", "context", "answers")
 START, END, OFFSETS, ROW = "start_positions", "end_positions", "offsets", "row"
@@ -162,19 +161,11 @@ class QuestionAnswering(Task):
 
     # ---- answers
 
-    def evaluate(
-        self,
-        model: nn.Module,
-        rows: Dataset,
-        tokenizer: PreTrainedTokenizerBase,
-        limits: Limits = LIMITS,
-        progress: bool = True,
-    ) -> Evaluation:
-        """See :meth:`Task.evaluate`."""
-        parts = self._parts(rows, tokenizer, limits.max_length, progress)
+    def judged(self, reader: Reader, rows: Dataset) -> Evaluation:
+        """See :meth:`Task.judged`."""
+        parts = self._parts(rows, reader.tokenizer, reader.limits.max_length, reader.progress)
         logits = ("start_logits", "end_logits")
-        words, collate = f"evaluating {self.name}", self.collator(tokenizer)
-        found = outputs(model, parts, logits, collate, limits.batch_size, words, progress)
+        found = reader.outputs(parts, logits)
         best: list[tuple[float, str]] = [(-np.inf, "")] * len(rows)
         contexts = rows["context"]
         for row, offsets, start, end in zip(parts[ROW], parts[OFFSETS], *(found[name] for name in logits), strict=True):
@@ -183,8 +174,7 @@ class QuestionAnswering(Task):
                 best[row] = score, contexts[row][first:last]
         answers = [text for _, text in best]
         truths = [answers_of["text"] for answers_of in rows["answers"]]
-        scores = {metric.name: metric(answers, truths) for metric in self.metrics}
-        return Evaluation(scores, len(rows), answers)
+        return Evaluation(self.scores(answers, truths), len(rows), answers)
 
     def _best_span(
         self, start: np.ndarray, end: np.ndarray, offsets: Sequence[Sequence[int]]

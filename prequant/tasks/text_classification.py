@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from datasets import Dataset
-from torch import nn
+from datasets import Dataset, DatasetDict
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from prequant.losses import SEQ2SEQ_LM
 
-from .base import LIMITS, Collator, Evaluation, Limits, Task
+from .base import Evaluation, Task
 from .classification import SequenceClassification
 from .data import check_length, mapped
-from .generating import generated
 from .metrics import Metric
+from .predicting import Collator, Reader
 
 NO_CLASS = -1
 """The prediction where a model writes something that is the name of no class."""
@@ -36,6 +36,10 @@ class TextClassification(Task):
     of: SequenceClassification
 
     kind: ClassVar[str] = SEQ2SEQ_LM
+
+    def load(self, path: str | Path | None = None) -> DatasetDict:
+        """See :meth:`Task.load`: the rows, and the names of splits, are those of the task that it is in other words."""
+        return self.of.load(path)
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -82,19 +86,11 @@ class TextClassification(Task):
         """See :meth:`Task.collator`."""
         return DataCollatorForSeq2Seq(tokenizer)
 
-    def evaluate(
-        self,
-        model: nn.Module,
-        rows: Dataset,
-        tokenizer: PreTrainedTokenizerBase,
-        limits: Limits = LIMITS,
-        progress: bool = True,
-    ) -> Evaluation:
-        """See :meth:`Task.evaluate`; the model writes greedily."""
-        encoded = self.encode(rows, tokenizer, limits.max_length, progress)
+    def judged(self, reader: Reader, rows: Dataset) -> Evaluation:
+        """See :meth:`Task.judged`; the model writes greedily."""
+        encoded = self.encode(rows, reader.tokenizer, reader.limits.max_length, reader.progress)
         longest = max(map(len, encoded["labels"]))
         settings = {"max_new_tokens": longest, "do_sample": False, "num_beams": 1}
-        words = f"evaluating {self.name}"
-        texts = generated(model, encoded, tokenizer, limits.batch_size, words, progress, **settings)
+        texts = reader.generated(encoded, **settings)
         predicted, true = np.asarray([self.read(text) for text in texts]), np.asarray(rows["label"])
-        return Evaluation({metric.name: metric(predicted, true) for metric in self.metrics}, len(rows), predicted)
+        return Evaluation(self.scores(predicted, true), len(rows), predicted)

@@ -8,19 +8,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset
-from torch import nn
 from transformers import DataCollatorForTokenClassification, PretrainedConfig, PreTrainedTokenizerBase
 
 from prequant.losses import TOKEN_CLASSIFICATION
 
-from .base import LIMITS, Collator, Evaluation, Limits, Task, class_misfit, class_options
+from .base import Evaluation, Task, class_misfit, class_options
 from .data import check_columns, check_length, check_values, mapped
 from .errors import TaskError
 from .metrics import ENTITY_F1, TOKEN_ACCURACY, Metric
-from .predicting import outputs
-
-IGNORED = -100
-"""The label of tokens that are no first token of a word."""
+from .predicting import IGNORED, Collator, Reader
 
 
 @dataclass(frozen=True)
@@ -78,27 +74,19 @@ class TokenClassification(Task):
         """See :meth:`Task.collator`."""
         return DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED)
 
-    def evaluate(
-        self,
-        model: nn.Module,
-        rows: Dataset,
-        tokenizer: PreTrainedTokenizerBase,
-        limits: Limits = LIMITS,
-        progress: bool = True,
-    ) -> Evaluation:
-        """See :meth:`Task.evaluate`."""
-        encoded = self.encode(rows, tokenizer, limits.max_length, progress)
-        words, collate = f"evaluating {self.name}", self.collator(tokenizer)
-        found = outputs(model, encoded, ["logits"], collate, limits.batch_size, words, progress)
+    def judged(self, reader: Reader, rows: Dataset) -> Evaluation:
+        """See :meth:`Task.judged`."""
+        encoded = self.encode(rows, reader.tokenizer, reader.limits.max_length, reader.progress)
+        found = reader.outputs(encoded, ["logits"])
         predicted = []
         for logits, labels, tags in zip(found["logits"], encoded["labels"], rows[self.tags], strict=True):
             firsts = np.flatnonzero(np.asarray(labels) != IGNORED)
             # Padding stands on the side of the tokenizer: tokens are counted from the other.
-            tokens = logits[: len(labels)] if tokenizer.padding_side == "right" else logits[-len(labels) :]
+            tokens = logits[: len(labels)] if reader.tokenizer.padding_side == "right" else logits[-len(labels) :]
             names = [self.labels[i] for i in tokens[firsts].argmax(1)]
             predicted.append(names + [self.labels[0]] * (len(tags) - len(names)))
         true = [[self.labels[tag] for tag in tags] for tags in rows[self.tags]]
-        return Evaluation({metric.name: metric(predicted, true) for metric in self.metrics}, len(rows), predicted)
+        return Evaluation(self.scores(predicted, true), len(rows), predicted)
 
     def head_options(self) -> dict[str, Any]:
         """Names of the classes."""

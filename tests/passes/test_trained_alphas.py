@@ -137,6 +137,18 @@ def test_weight_decay_and_momentum_reach_no_other_alphas_and_freezing_joins_them
     assert torch.equal(Freeze()(negative).tensor("first.weight.alphas")[0], -program.tensor("first.weight.alphas")[0])
 
 
+def test_what_is_frozen_in_part_goes_on_training_elsewhere_as_it_did() -> None:
+    chosen = Train(first_alphas=True, mean_alpha_gradients=True)(coded())
+    frozen = Freeze(include=("first",))(chosen)
+    assert trainable(frozen) == {"second.weight.first_alphas"} and frozen.reports[-1].totals["frozen"] == 16
+    loss_of(frozen, mlp_inputs()).backward()
+    loss_of(chosen, mlp_inputs()).backward()
+    ours, theirs = (p.tensor("second.weight.first_alphas").grad for p in (frozen, chosen))
+    assert ours is not None and theirs is not None
+    torch.testing.assert_close(ours, theirs)
+    assert not trainable(Freeze()(frozen))
+
+
 def test_training_may_begin_again_otherwise() -> None:
     program = Train(first_alphas=True, mean_alpha_gradients=True)(coded())
     again = Train(alphas=True)(copy.deepcopy(program))

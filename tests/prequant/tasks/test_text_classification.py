@@ -7,11 +7,12 @@ from datasets import Dataset
 from torch import nn
 
 from prequant.sources import canonical_program
-from prequant.tasks import Limits, TextClassification, task
+from prequant.tasks import Limits, TaskError, TextClassification, data, task
 from prequant.tasks.text_classification import NO_CLASS
 
 from ..tiny import LENGTH, make_model, make_tokenizer
 
+PARTS = ("train", "validation_matched", "validation_mismatched")
 SST2, STSB = task("sst2-text"), task("stsb-text")
 ROWS = Dataset.from_dict({"sentence": ["a fine day", "a bad film", "good"], "label": [1, 0, 1]})
 
@@ -40,6 +41,20 @@ def test_prompts_and_answers_are_t5s() -> None:
     assert [STSB.target(x) for x in (0.0, 2.57, 3.75, 5.0)] == ["0.0", "2.6", "3.8", "5.0"]
     assert [SST2.read(text) for text in ("positive", "negative", "so so")] == [1, 0, NO_CLASS]
     assert [STSB.read(text) for text in ("3.8", "five", "inf", "2")] == [3.8, 0.0, 0.0, 2.0]
+
+
+def test_data_is_that_of_the_task_in_other_words() -> None:
+    assert SST2.load("sample").num_rows == task("sst2").load("sample").num_rows
+    with pytest.raises(TaskError, match="prequant ships no sample for task 'mnli'"):
+        task("mnli-text").load("sample")
+
+
+def test_the_splits_of_mnli_are_known_under_both_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {part: Dataset.from_dict({"premise": [part], "hypothesis": ["b"], "label": [2]}) for part in PARTS}
+    monkeypatch.setattr(data, "load_dataset", lambda *where: rows)
+    for name, part in (("mnli", PARTS[1]), ("mnli-mm", PARTS[2])):
+        for called in (name, f"{name}-text"):
+            assert task(called).load()["validation"]["premise"][0] == part
 
 
 def test_rows_are_encoded_with_the_answer_as_labels() -> None:
