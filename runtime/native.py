@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .errors import PrequantError
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 """The version of the C interface that this module calls; `native/prequant_native.h` holds the library's own."""
 
 LIBRARY_NAME = "libprequant_native.dll" if sys.platform == "win32" else "libprequant_native.so"
@@ -35,8 +35,10 @@ _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 FUNCTIONS = {
     "prequant_isa": (ctypes.c_char_p, ()),
     "prequant_dequantize": (_INT, (_POINTER, _POINTER, _LONG, _POINTER, _INT, ctypes.c_char_p)),
-    "prequant_panels_bytes": (_LONG, (_POINTER,)),
-    "prequant_pack_panels": (_INT, (_POINTER, _POINTER, _INT)),
+    "prequant_codes_bytes": (_LONG, (_POINTER,)),
+    "prequant_pack_codes": (_INT, (_POINTER, _POINTER, _INT)),
+    "prequant_scales_bytes": (_LONG, (_POINTER,)),
+    "prequant_pack_scales": (_INT, (_POINTER, _POINTER, _POINTER, _INT)),
     "prequant_run_linears": (_INT, (_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _POINTER)),
     "prequant_run_linear": (_INT, (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _POINTER)),
     "prequant_plan_scratch": (_LONG, (_POINTER, _LONG, _INT, ctypes.c_char_p)),
@@ -66,7 +68,7 @@ class Linear(ctypes.Structure):
     """``prequant_linear``: what a linear layer's calls have in common."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("panels", "bias", "input_scale")),
+        *((name, _POINTER) for name in ("codes", "scales", "bias", "input_scale")),
         ("input_zero", ctypes.c_float),
         *((name, _INT) for name in ("input_levels", "input", "type", "activation")),
     )
@@ -90,7 +92,7 @@ BAD_ROW, SMALL_SCRATCH = 5, 6
 
 STATUS = {
     1: "a weight that makes no sense",
-    2: "panels that were not packed by this library",
+    2: "codes or scales that were not packed by this library, or not for each other",
     3: "an instruction set that this library does not have",
     4: "sizes that do not fit",
     BAD_ROW: "a row that the weight does not have",

@@ -1,15 +1,17 @@
 """``packed_linear`` on the native kernels: packs a weight for them once, and calls them.
 
-The kernels' own layout of a weight (``native/panels.h``) is made when it is first used, and kept for as long as its
-codes live and none of its tensors changes. (A tensor made in inference mode does not count its changes: one that is
-written to in place has to be replaced to be seen.) Weights that are being trained change at every step, so a call that
-records gradients for its weight unpacks it instead (native_rows.py).
+The kernels' own layout of a weight (``native/panels.h``) is made when it is first used: codes once, and scales, zero
+points and outliers for each set of these that goes with the codes, as several tasks have them. All is kept for as long
+as its tensors live and do not change. (A tensor made in inference mode does not count its changes: one that is written
+to in place has to be replaced to be seen.) Weights that are being trained change at every step, so a call that records
+gradients for its weight unpacks it instead (native_rows.py).
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,7 +39,7 @@ FLOAT, DYNAMIC, STATIC = 0, 1, 2
 
 
 class PackedLayer:
-    """A linear layer as the library describes it, with the panels of its weight. Nothing in it changes, so that a call
+    """A linear layer as the library describes it, with the memory of its weight. Nothing in it changes, so that a call
     on another thread goes on with the layer that it began with.
 
     The description holds bare addresses; what they point at is kept here. So are the tensors of ``made_from``: as long
@@ -46,7 +48,8 @@ class PackedLayer:
 
     def __init__(
         self,
-        panels: Tensor,
+        codes: Tensor,
+        scales: Tensor,
         bias: Tensor | None,
         input_scale: Tensor | None,
         input_zero_point: Tensor | None,
@@ -56,9 +59,10 @@ class PackedLayer:
     ) -> None:
         half = 0 if input_format is None else input_format.levels // 2
         floats = float_copy(bias), float_copy(input_scale)
-        self._kept = (panels, *floats, *map(_memory, (bias, input_scale, input_zero_point)))
+        self._kept = (codes, scales, *floats, *map(_memory, (bias, input_scale, input_zero_point)))
         self._linear = native.Linear(
-            panels=panels.data_ptr(),
+            codes=codes.data_ptr(),
+            scales=scales.data_ptr(),
             bias=address_of(floats[0]),
             input_scale=address_of(floats[1]),
             input_zero=0.0 if input_zero_point is None else float(input_zero_point) - half,
@@ -76,8 +80,10 @@ class PackedWeight:
     ``made_from`` is the :func:`_state` of its tensors, whose memory is kept for the same reason as in a layer.
     """
 
-    def __init__(self, panels: Tensor, made_from: tuple[object, ...], tensors: Sequence[Tensor | None]) -> None:
-        self.panels, self.made_from = panels, made_from
+    def __init__(
+        self, codes: Tensor, scales: Tensor, made_from: tuple[object, ...], tensors: Sequence[Tensor | None]
+    ) -> None:
+        self.codes, self.scales, self.made_from = codes, scales, made_from
         self._kept = [_memory(tensor) for tensor in tensors]
         self._last: tuple[tuple[object, ...], PackedLayer | None] = ((), None)
 
@@ -95,13 +101,48 @@ class PackedWeight:
         made_from = (input_format, activation, dtype, *map(_state, operands))
         known, layer = self._last
         if layer is None or known != made_from:
-            layer = PackedLayer(self.panels, *operands, input_format, activation, dtype)
+            layer = PackedLayer(self.codes, self.scales, *operands, input_format, activation, dtype)
             self._last = (made_from, layer)
         return layer
 
 
+class PackedCodes:
+    """The codes of a weight in the kernels' layout, and the weights that were packed on them."""
+
+    def __init__(self, memory: Tensor, made_from: tuple[object, ...], codes: Tensor) -> None:
+        self.memory, self.made_from = memory, made_from
+        self._kept = _memory(codes)
+        self.weights: dict[tuple[int, ...], PackedWeight] = {}
+        """By the identities of the tensors that a weight was made of beside the codes."""
+
+    def weight(self, neutral: Callable[[], NeutralWeight], replaces: bool, *tensors: Tensor | None) -> PackedWeight:
+        """The weight of these codes with such scales, zero points and outliers (all of ``tensors``); packed if it is
+        new, or not what it was.
+        """
+        key, made_from = tuple(map(id, tensors)), (replaces, *map(_state, tensors))
+        weight = self.weights.get(key)
+        if weight is None or weight.made_from != made_from:
+            if weight is None:
+                self._forget_with(tensors, key)
+            scales = _pack_scales(neutral(), self.memory)
+            weight = self.weights[key] = PackedWeight(self.memory, scales, made_from, tensors)
+        return weight
+
+    def _forget_with(self, tensors: Sequence[Tensor | None], key: tuple[int, ...]) -> None:
+        """Drop a weight when one of its tensors is gone, as those of a task are that is unloaded."""
+        weights = weakref.ref(self)
+        for tensor in tensors:
+            if tensor is not None:
+                weakref.finalize(tensor, _forget, weights, key).atexit = False
+
+
+def _forget(packed: weakref.ref[PackedCodes], key: tuple[int, ...]) -> None:
+    if (codes := packed()) is not None:
+        codes.weights.pop(key, None)
+
+
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""The weight packed last of each tensor of codes."""
+"""What was packed last of each tensor of codes."""
 
 
 def accepts(
@@ -179,12 +220,16 @@ def layer_of(
     *_: object,
 ) -> PackedLayer:
     """The layer that a call of :func:`packed_linear` runs; its weight is packed if it is new, or not what it was."""
-    tensors = (codes, scale, zero_point, *(outliers[:3] if outliers is not None else ()))
-    made_from = (format, columns, outliers is not None and outliers.replace, *map(_state, tensors))
-    weight = _packed.get(codes)
-    if weight is None or weight.made_from != made_from:
-        weight = PackedWeight(_pack(format, codes, scale, zero_point, outliers, columns), made_from, tensors)
-        _packed[codes] = weight
+    made_from = (format, columns, _state(codes))
+    packed = _packed.get(codes)
+
+    def neutral() -> NeutralWeight:
+        return NeutralWeight(format, codes, scale, zero_point, columns, outliers)
+
+    if packed is None or packed.made_from != made_from:
+        packed = _packed[codes] = PackedCodes(_pack_codes(neutral()), made_from, codes)
+    operands = (scale, zero_point, *(outliers[:3] if outliers is not None else ()))
+    weight = packed.weight(neutral, outliers is not None and outliers.replace, *operands)
     return weight.layer(bias, input_scale, input_zero_point, input_format, activation, input.dtype)
 
 
@@ -200,22 +245,22 @@ def _memory(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
 
 
-def _pack(
-    format: WeightFormat,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    outliers: Outliers | None,
-    columns: int,
-) -> Tensor:
-    weight = NeutralWeight(format, codes, scale, zero_point, columns, outliers)
+def _pack_codes(weight: NeutralWeight) -> Tensor:
     library = native.load()
-    size = library.prequant_panels_bytes(weight.address)
-    native.check(0 if size >= 0 else 1, f"packing a weight {list(codes.shape)} of {format}")
-    panels = memory.panels.take(size)
-    status = library.prequant_pack_panels(weight.address, panels.data_ptr(), torch.get_num_threads())
-    native.check(status, f"packing a weight {list(codes.shape)} of {format}")
-    return panels
+    size = library.prequant_codes_bytes(weight.address)
+    native.check(0 if size >= 0 else 1, f"packing {weight}")
+    codes = memory.panels.take(size)
+    native.check(library.prequant_pack_codes(weight.address, codes.data_ptr(), torch.get_num_threads()), f"packing {weight}")
+    return codes
+
+
+def _pack_scales(weight: NeutralWeight, codes: Tensor) -> Tensor:
+    library = native.load()
+    scales = memory.panels.take(library.prequant_scales_bytes(weight.address))
+    threads = torch.get_num_threads()
+    status = library.prequant_pack_scales(weight.address, codes.data_ptr(), scales.data_ptr(), threads)
+    native.check(status, f"packing {weight}")
+    return scales
 
 
 BACKEND = Backend("native", "packed_linear", "cpu", accepts, packed_linear)

@@ -57,6 +57,10 @@ class NeutralWeight:
             outlier_offsets=address_of(offsets),
         )
         self.address = ctypes.addressof(self._weight)
+        self._text = f"a weight {list(codes.shape)} of {format}"
+
+    def __str__(self) -> str:
+        return self._text
 
 
 def float_copy(tensor: Tensor | None) -> Tensor | None:

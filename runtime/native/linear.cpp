@@ -2,8 +2,6 @@
 
 #include "linear.h"
 
-#include <cstring>
-
 #include "sections.h"
 #include "threads.h"
 
@@ -14,12 +12,6 @@ using namespace prequant;
 constexpr int64_t kBytesPerThread = 1 << 15;  // of codes read: below, waking a thread costs more than it saves
 constexpr int64_t kProductsPerThread = 1 << 20;
 constexpr int64_t kTogether = 2;  // panels that stay together: AMX takes pairs
-
-bool valid(const void *memory) {
-    const auto *h = static_cast<const PanelsHeader *>(memory);
-    return memory && reinterpret_cast<uintptr_t>(memory) % 64 == 0 &&
-           std::memcmp(h->magic, kPanelsMagic, sizeof h->magic) == 0 && h->version == kPanelsVersion;
-}
 
 bool quantized(const prequant_linear &linear) { return linear.input != PREQUANT_INPUT_FLOAT; }
 
@@ -63,12 +55,12 @@ int32_t lay_out(LinearCall &call, const prequant_linear *const *linears, int32_t
     bool by_columns[PREQUANT_MAX_LINEARS];
     int64_t own_bytes = 0;
     for (int32_t i = 0; i < count; ++i) {
-        if (!valid(linears[i]->panels)) return PREQUANT_BAD_PANELS;
+        if (!valid_panels(linears[i]->codes, linears[i]->scales)) return PREQUANT_BAD_PANELS;
         if (!fits(*linears[i])) return PREQUANT_BAD_CALL;
         Job &job = call.jobs[i];
         job = Job{};
         job.linear = linears[i];
-        job.panels = panels_of(linears[i]->panels);
+        job.panels = panels_of(linears[i]->codes, linears[i]->scales);
         const PanelsHeader &h = *job.panels.header;
         if (h.columns != call.jobs[0].panels.header->columns || job.linear->type != linears[0]->type) {
             return PREQUANT_BAD_CALL;

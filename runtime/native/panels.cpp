@@ -69,79 +69,140 @@ bool makes_sense(const prequant_weight &w) {
            (w.multiple == 1 || w.multiple == 2) && (!w.base3 || w.bits == 2);
 }
 
-PanelsHeader header_of(const prequant_weight &w) {
-    PanelsHeader h{};
-    std::memcpy(h.magic, kPanelsMagic, sizeof h.magic);
-    h.version = kPanelsVersion;
-    h.bits = w.bits;
-    h.terms = w.terms;
-    h.multiple = w.multiple;
-    h.subtrahend = w.subtrahend;
-    h.rows = w.rows;
-    h.columns = w.columns;
-    h.panels = round_up(w.rows, kPanelRows) / kPanelRows;
-    h.blocks = blocks_of(w.columns);
-    h.group_blocks = static_cast<int32_t>(w.group_size ? w.group_size / kBlockColumns : h.blocks);
-    h.groups = w.group_size ? (w.columns + w.group_size - 1) / w.group_size : 1;
-    h.outliers = w.outliers;
-    int64_t end = round_up(sizeof(PanelsHeader), 64);
-    const auto section = [&end](int64_t bytes) {
+WeightShape shape_of(const prequant_weight &w) {
+    WeightShape shape{};
+    shape.bits = w.bits;
+    shape.terms = w.terms;
+    shape.multiple = w.multiple;
+    shape.subtrahend = w.subtrahend;
+    shape.rows = w.rows;
+    shape.columns = w.columns;
+    shape.panels = round_up(w.rows, kPanelRows) / kPanelRows;
+    shape.blocks = blocks_of(w.columns);
+    shape.group_blocks = w.group_size ? w.group_size / kBlockColumns : shape.blocks;
+    shape.groups = w.group_size ? (w.columns + w.group_size - 1) / w.group_size : 1;
+    return shape;
+}
+
+// Numbers of 32 bits, one for each row, group and term.
+int64_t group_bytes(const WeightShape &shape) { return shape.panels * shape.terms * shape.groups * kPanelRows * 4; }
+
+// Gives out sections behind a header.
+struct Ends {
+    int64_t end;
+
+    int64_t section(int64_t bytes) {
         const int64_t start = end;
         end = round_up(end + bytes, 64);
         return start;
-    };
-    const int64_t scales = h.panels * h.terms * h.groups * kPanelRows * 4;
-    h.codes = section(h.panels * h.terms * h.blocks * h.bits * kVector);
-    h.scales = section(scales);
-    h.zeros = w.zeros ? section(scales) : 0;
-    h.sums = section(h.panels * kPanelRows * 4);
-    if (w.outliers) {
-        h.outlier_offsets = section((w.rows + 1) * 4);
-        h.outlier_columns = section(w.outliers * 4);
-        h.outlier_values = section(w.outliers * 4);
     }
-    h.bytes = end;
+};
+
+CodesHeader codes_header_of(const prequant_weight &w) {
+    CodesHeader h{};
+    std::memcpy(h.magic, kCodesMagic, sizeof h.magic);
+    h.version = kPanelsVersion;
+    h.shape = shape_of(w);
+    Ends ends{round_up(sizeof(CodesHeader), 64)};
+    h.codes = ends.section(h.shape.panels * h.shape.terms * h.shape.blocks * h.shape.bits * kVector);
+    h.sums = ends.section(group_bytes(h.shape));
+    h.bytes = ends.end;
     return h;
+}
+
+PanelsHeader scales_header_of(const prequant_weight &w) {
+    PanelsHeader h{};
+    static_cast<WeightShape &>(h) = shape_of(w);
+    std::memcpy(h.magic, kScalesMagic, sizeof h.magic);
+    h.version = kPanelsVersion;
+    h.outliers = w.outliers;
+    Ends ends{round_up(sizeof(PanelsHeader), 64)};
+    h.scales = ends.section(group_bytes(h));
+    h.zeros = w.zeros ? ends.section(group_bytes(h)) : 0;
+    h.sums = ends.section(h.panels * kPanelRows * 4);
+    if (w.outliers) {
+        h.outlier_offsets = ends.section((w.rows + 1) * 4);
+        h.outlier_columns = ends.section(w.outliers * 4);
+        h.outlier_values = ends.section(w.outliers * 4);
+    }
+    h.bytes = ends.end;
+    return h;
+}
+
+bool belong_together(const CodesHeader &codes, const PanelsHeader &scales) {
+    return std::memcmp(codes.magic, kCodesMagic, sizeof codes.magic) == 0 && codes.version == kPanelsVersion &&
+           std::memcmp(scales.magic, kScalesMagic, sizeof scales.magic) == 0 && scales.version == kPanelsVersion &&
+           std::memcmp(&codes.shape, static_cast<const WeightShape *>(&scales), sizeof codes.shape) == 0;
+}
+
+bool outliers_make_sense(const prequant_weight &w) {
+    for (int64_t i = 0; i < w.outliers; ++i) {
+        if (w.outlier_columns[i] < 0 || w.outlier_columns[i] >= w.columns) return false;
+    }
+    for (int64_t row = 0; w.outliers && row < w.rows; ++row) {
+        const int32_t *offsets = w.outlier_offsets;
+        if (offsets[0] != 0 || offsets[row] > offsets[row + 1] || offsets[w.rows] != w.outliers) return false;
+    }
+    return true;
 }
 
 template <class T> T *at(void *memory, int64_t offset) {
     return reinterpret_cast<T *>(static_cast<uint8_t *>(memory) + offset);
 }
 
-struct Packer {
+// Where what belongs to a group of a panel's rows stands.
+int64_t place_of(const WeightShape &shape, int64_t panel, int64_t term, int64_t group) {
+    return ((panel * shape.terms + term) * shape.groups + group) * kPanelRows;
+}
+
+void pack_codes(const prequant_weight &w, const CodesHeader &header, void *out, int64_t panel) {
+    const NeutralCodes neutral{w};
+    const WeightShape &h = header.shape;
+    for (int64_t term = 0; term < h.terms; ++term) {
+        uint8_t *codes = at<uint8_t>(out, header.codes) + (panel * h.terms + term) * h.blocks * h.bits * kVector;
+        int32_t *sums = at<int32_t>(out, header.sums) + place_of(h, panel, term, 0);
+        std::memset(sums, 0, h.groups * kPanelRows * 4);
+        for (int64_t block = 0; block < h.blocks; ++block, codes += h.bits * kVector) {
+            uint8_t unpacked[kPanelRows][kBlockColumns];
+            for (int r = 0; r < kPanelRows; ++r) {
+                neutral.block(term, panel * kPanelRows + r, block * kBlockColumns, unpacked[r]);
+                if (block * kBlockColumns >= h.columns) continue;
+                for (const uint8_t code : unpacked[r]) sums[block / h.group_blocks * kPanelRows + r] += code;
+            }
+            write_block(unpacked, h.bits, codes);
+        }
+    }
+}
+
+struct ScalesPacker {
     const prequant_weight &w;
     const PanelsHeader &h;
+    const int32_t *code_sums;
     void *out;
-    NeutralCodes neutral;
 
     int64_t scale_index(int64_t term, int64_t row, int64_t group) const {
         if (w.shared_scale) return 0;
         return (term * w.rows + row) * h.groups + group;
     }
 
-    float value(int64_t term, int64_t row, int64_t group, unsigned code) const {
-        const int64_t i = scale_index(term, row, group);
-        const float zero = w.zeros ? w.zeros[i] : static_cast<float>(w.subtrahend);
-        return (static_cast<float>(w.multiple * static_cast<int>(code)) - zero) * w.scales[i];
-    }
+    float zero(int64_t i) const { return w.zeros ? w.zeros[i] : static_cast<float>(w.subtrahend); }
 
     void panel(int64_t panel) const {
         double sums[kPanelRows] = {};
         for (int64_t term = 0; term < h.terms; ++term) {
-            uint8_t *codes = at<uint8_t>(out, h.codes) + (panel * h.terms + term) * h.blocks * h.bits * kVector;
-            for (int64_t block = 0; block < h.blocks; ++block, codes += h.bits * kVector) {
-                uint8_t unpacked[kPanelRows][kBlockColumns];
+            for (int64_t group = 0; group < h.groups; ++group) {
+                const int64_t place = place_of(h, panel, term, group);
                 for (int r = 0; r < kPanelRows; ++r) {
-                    const int64_t row = panel * kPanelRows + r, first = block * kBlockColumns;
-                    neutral.block(term, row, first, unpacked[r]);
-                    if (row >= w.rows) continue;
-                    for (int k = 0; k < kBlockColumns && first + k < w.columns; ++k) {
-                        sums[r] += value(term, row, block / h.group_blocks, unpacked[r][k]);
+                    const int64_t row = panel * kPanelRows + r;
+                    const bool inside = row < w.rows;
+                    const int64_t i = inside ? scale_index(term, row, group) : 0;
+                    at<float>(out, h.scales)[place + r] = inside ? w.scales[i] : 0.0f;
+                    if (h.zeros) {
+                        at<float>(out, h.zeros)[place + r] = inside ? zero(i) - static_cast<float>(w.subtrahend) : 0.0f;
                     }
+                    if (inside) sums[r] += sum(group, code_sums[place + r], i);
                 }
-                write_block(unpacked, h.bits, codes);
             }
-            scales(panel, term);
         }
         for (int r = 0; r < kPanelRows; ++r) {
             const int64_t row = panel * kPanelRows + r;
@@ -150,19 +211,18 @@ struct Packer {
         }
     }
 
-    void scales(int64_t panel, int64_t term) const {
-        for (int64_t group = 0; group < h.groups; ++group) {
-            const int64_t place = ((panel * h.terms + term) * h.groups + group) * kPanelRows;
-            for (int r = 0; r < kPanelRows; ++r) {
-                const int64_t row = panel * kPanelRows + r;
-                const bool inside = row < w.rows;
-                const int64_t i = inside ? scale_index(term, row, group) : 0;
-                at<float>(out, h.scales)[place + r] = inside ? w.scales[i] : 0.0f;
-                if (!h.zeros) continue;
-                const float zero = inside ? w.zeros[i] - static_cast<float>(w.subtrahend) : 0.0f;
-                at<float>(out, h.zeros)[place + r] = zero;
-            }
-        }
+    // Of a group's weights in one row.
+    double sum(int64_t group, int32_t codes, int64_t i) const {
+        const int64_t size = h.group_blocks * kBlockColumns, left = w.columns - group * size;
+        return (w.multiple * static_cast<double>(codes) - static_cast<double>(zero(i)) * (left < size ? left : size)) *
+               static_cast<double>(w.scales[i]);
+    }
+
+    float value(int64_t term, int64_t row, int64_t column) const {
+        uint8_t codes[kBlockColumns];
+        const int64_t block = column / kBlockColumns, i = scale_index(term, row, block / h.group_blocks);
+        NeutralCodes{w}.block(term, row, block * kBlockColumns, codes);
+        return (static_cast<float>(w.multiple * static_cast<int>(codes[column % kBlockColumns])) - zero(i)) * w.scales[i];
     }
 
     // What a row's outliers add to the weight; returns their sum.
@@ -171,14 +231,7 @@ struct Packer {
         for (int64_t i = w.outlier_offsets[row]; i < w.outlier_offsets[row + 1]; ++i) {
             const int64_t column = w.outlier_columns[i];
             float added = w.outlier_values[i];
-            if (w.outliers_replace) {
-                for (int64_t term = 0; term < h.terms; ++term) {
-                    uint8_t codes[kBlockColumns];
-                    const int64_t block = column / kBlockColumns;
-                    neutral.block(term, row, block * kBlockColumns, codes);
-                    added -= value(term, row, block / h.group_blocks, codes[column % kBlockColumns]);
-                }
-            }
+            for (int64_t term = 0; w.outliers_replace && term < h.terms; ++term) added -= value(term, row, column);
             at<float>(out, h.outlier_values)[i] = added;
             at<int32_t>(out, h.outlier_columns)[i] = static_cast<int32_t>(column);
             sum += added;
@@ -189,32 +242,52 @@ struct Packer {
 
 }  // namespace
 
-extern "C" {
+namespace prequant {
 
-PREQUANT_API int64_t prequant_panels_bytes(const prequant_weight *weight) {
-    return makes_sense(*weight) ? header_of(*weight).bytes : -1;
+bool valid_panels(const void *codes, const void *scales) {
+    return codes && scales && reinterpret_cast<uintptr_t>(codes) % 64 == 0 &&
+           reinterpret_cast<uintptr_t>(scales) % 64 == 0 &&
+           belong_together(*static_cast<const CodesHeader *>(codes), *static_cast<const PanelsHeader *>(scales));
 }
 
-PREQUANT_API int32_t prequant_pack_panels(const prequant_weight *weight, void *panels, int32_t threads) {
+}  // namespace prequant
+
+extern "C" {
+
+PREQUANT_API int64_t prequant_codes_bytes(const prequant_weight *weight) {
+    return makes_sense(*weight) ? codes_header_of(*weight).bytes : -1;
+}
+
+PREQUANT_API int32_t prequant_pack_codes(const prequant_weight *weight, void *codes, int32_t threads) {
     if (threads < 1 || !makes_sense(*weight)) return PREQUANT_BAD_WEIGHT;
-    const PanelsHeader header = header_of(*weight);
-    for (int64_t i = 0; i < weight->outliers; ++i) {
-        if (weight->outlier_columns[i] < 0 || weight->outlier_columns[i] >= weight->columns) return PREQUANT_BAD_WEIGHT;
-    }
-    for (int64_t row = 0; weight->outliers && row < weight->rows; ++row) {
-        const int32_t *offsets = weight->outlier_offsets;
-        if (offsets[0] != 0 || offsets[row] > offsets[row + 1] || offsets[weight->rows] != weight->outliers) {
-            return PREQUANT_BAD_WEIGHT;
-        }
-    }
-    std::memcpy(panels, &header, sizeof header);
-    const Packer packer{*weight, header, panels, {*weight}};
+    const CodesHeader header = codes_header_of(*weight);
+    std::memcpy(codes, &header, sizeof header);
+    parallel(threads, [weight, codes, &header, threads](int32_t part) {
+        const int64_t panels = header.shape.panels, last = panels * (part + 1) / threads;
+        for (int64_t panel = panels * part / threads; panel < last; ++panel) pack_codes(*weight, header, codes, panel);
+    });
+    return PREQUANT_OK;
+}
+
+PREQUANT_API int64_t prequant_scales_bytes(const prequant_weight *weight) {
+    return makes_sense(*weight) ? scales_header_of(*weight).bytes : -1;
+}
+
+PREQUANT_API int32_t prequant_pack_scales(const prequant_weight *weight, const void *codes, void *scales,
+                                          int32_t threads) {
+    if (threads < 1 || !makes_sense(*weight) || !outliers_make_sense(*weight)) return PREQUANT_BAD_WEIGHT;
+    const PanelsHeader header = scales_header_of(*weight);
+    if (!belong_together(*static_cast<const CodesHeader *>(codes), header)) return PREQUANT_BAD_PANELS;
+    std::memcpy(scales, &header, sizeof header);
+    const auto *base = static_cast<const uint8_t *>(codes);
+    const int64_t sums = static_cast<const CodesHeader *>(codes)->sums;
+    const ScalesPacker packer{*weight, header, reinterpret_cast<const int32_t *>(base + sums), scales};
     parallel(threads, [&packer, &header, threads](int32_t part) {
         const int64_t last = header.panels * (part + 1) / threads;
         for (int64_t panel = header.panels * part / threads; panel < last; ++panel) packer.panel(panel);
     });
     if (weight->outliers) {
-        std::memcpy(at<int32_t>(panels, header.outlier_offsets), weight->outlier_offsets, (weight->rows + 1) * 4);
+        std::memcpy(at<int32_t>(scales, header.outlier_offsets), weight->outlier_offsets, (weight->rows + 1) * 4);
     }
     return PREQUANT_OK;
 }

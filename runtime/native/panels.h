@@ -1,5 +1,7 @@
 // How a packed weight lies in memory for the kernels. Files and training keep the neutral layout of formats.py; this one
 // is made from it once, when a weight is first used on a CPU (panels.cpp), and is the same for every instruction set.
+// Its codes are a piece of memory of their own: weights that differ in scales and outliers alone, as those of several
+// tasks do, share it.
 //
 // A weight [rows, columns] is a sum of `terms`, each with codes u of `bits` bits:
 //
@@ -17,8 +19,10 @@
 // so that the 32-bit lane of a vector is the row: a product of four columns with four activations ends in the lane of
 // its row, and nothing is ever summed across lanes. One quad q of 16 rows, as bytes, is also a row of an AMX tile.
 //
-// Sections begin at multiples of 64 bytes:
+// Sections begin at multiples of 64 bytes. The codes' memory:
 //     codes   [panels][terms][blocks][bits * 64] bytes
+//     sums    [panels][terms][groups][16] int32: sum of each group's codes
+// and that of the scales:
 //     scales  [panels][terms][groups][16] float
 //     zeros   the same shape, if the weight is asymmetric
 //     sums    [panels * 16] float: sum of each row's weights (outliers included), for activations with a zero point
@@ -36,21 +40,34 @@ constexpr int kBlockColumns = 32;
 constexpr int kQuads = kBlockColumns / 4;  // of a block
 constexpr int kVector = 64;                // bytes: four columns of each of the panel's rows
 constexpr int64_t kMaxColumns = 1 << 16;   // so that no sum of 8-bit products leaves 32 bits
-constexpr uint32_t kPanelsVersion = 1;
-constexpr char kPanelsMagic[8] = {'P', 'Q', 'P', 'A', 'N', 'E', 'L', 'S'};
+constexpr uint32_t kPanelsVersion = 2;
+constexpr char kCodesMagic[8] = {'P', 'Q', 'C', 'O', 'D', 'E', 'S', ' '};
+constexpr char kScalesMagic[8] = {'P', 'Q', 'S', 'C', 'A', 'L', 'E', 'S'};
 
-struct PanelsHeader {
-    char magic[8];
-    uint32_t version;
+// What the codes of a weight have in common with the scales that go with them.
+struct WeightShape {
     int32_t bits;
     int32_t terms;
     int32_t multiple;
     int32_t subtrahend;
-    int32_t group_blocks;  // blocks that share a scale; `blocks` for one scale a row
+    int64_t group_blocks;  // blocks that share a scale; `blocks` for one scale a row
     int64_t rows, columns;
     int64_t panels, blocks, groups;
+};
+
+struct CodesHeader {
+    char magic[8];
+    int64_t version;
+    WeightShape shape;
+    int64_t codes, sums;  // from the start
+    int64_t bytes;
+};
+
+struct PanelsHeader : WeightShape {
+    char magic[8];
+    int64_t version;
     int64_t outliers;
-    int64_t codes, scales, zeros, sums, outlier_offsets, outlier_columns, outlier_values;  // from the start; 0: none
+    int64_t scales, zeros, sums, outlier_offsets, outlier_columns, outlier_values;  // from the start; 0: none
     int64_t bytes;
 };
 
@@ -68,8 +85,8 @@ inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multi
 // An even number of blocks, as AMX takes two at a time.
 inline int64_t blocks_of(int64_t columns) { return round_up(columns, 2 * kBlockColumns) / kBlockColumns; }
 
-inline Panels panels_of(const void *memory) {
-    const auto *base = static_cast<const uint8_t *>(memory);
+inline Panels panels_of(const void *codes, const void *scales) {
+    const auto *base = static_cast<const uint8_t *>(scales);
     const auto *header = reinterpret_cast<const PanelsHeader *>(base);
     const auto floats = [base](int64_t offset) {
         return offset ? reinterpret_cast<const float *>(base + offset) : nullptr;
@@ -78,7 +95,7 @@ inline Panels panels_of(const void *memory) {
         return offset ? reinterpret_cast<const int32_t *>(base + offset) : nullptr;
     };
     return {header,
-            base + header->codes,
+            static_cast<const uint8_t *>(codes) + static_cast<const CodesHeader *>(codes)->codes,
             floats(header->scales),
             floats(header->zeros),
             floats(header->sums),
@@ -86,6 +103,9 @@ inline Panels panels_of(const void *memory) {
             integers(header->outlier_columns),
             floats(header->outlier_values)};
 }
+
+// Whether these are memory that prequant_pack_codes and prequant_pack_scales wrote, of one shape.
+bool valid_panels(const void *codes, const void *scales);
 
 // The widths of the planes that `bits` splits into, the plane of the lowest bits first; 0 ends the list.
 struct Planes {

@@ -15,7 +15,7 @@
 
 // Raised by one with every change that would break a caller of the functions below: a signature, a layout, a meaning.
 // runtime/native.py holds the number that it was written for and refuses any other.
-#define PREQUANT_ABI_VERSION 3
+#define PREQUANT_ABI_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -36,7 +36,7 @@ PREQUANT_API const char *prequant_isa(void);
 enum prequant_status {
     PREQUANT_OK = 0,
     PREQUANT_BAD_WEIGHT = 1,    // a description that makes no sense, or outliers outside the weight
-    PREQUANT_BAD_PANELS = 2,    // memory that prequant_pack_panels did not write, or another version of it did
+    PREQUANT_BAD_PANELS = 2,    // memory that these functions did not write, or codes and scales that don't go together
     PREQUANT_BAD_ISA = 3,       // an instruction set that this library or this processor does not have
     PREQUANT_BAD_CALL = 4,      // sizes that do not fit the weight, or linears that do not take one input
     PREQUANT_BAD_ROW = 5,       // a row that the weight does not have
@@ -67,11 +67,17 @@ typedef struct {
 PREQUANT_API int32_t prequant_dequantize(const prequant_weight *weight, const int64_t *rows, int64_t count, float *out,
                                          int32_t threads, const char *isa);
 
-// Bytes that the kernels' layout of a weight takes; -1 for a description that makes no sense.
-PREQUANT_API int64_t prequant_panels_bytes(const prequant_weight *weight);
+// Bytes that a weight's codes take in the kernels' layout; -1 for a description that makes no sense.
+PREQUANT_API int64_t prequant_codes_bytes(const prequant_weight *weight);
 
-// Write that layout to `panels`, which begins at a multiple of 64.
-PREQUANT_API int32_t prequant_pack_panels(const prequant_weight *weight, void *panels, int32_t threads);
+// Write them to `codes`, which begins at a multiple of 64. Scales, zeros and outliers of the weight are not read.
+PREQUANT_API int32_t prequant_pack_codes(const prequant_weight *weight, void *codes, int32_t threads);
+
+// The same for its scales, zeros and outliers. `codes` is what prequant_pack_codes wrote of a weight with these codes:
+// several weights may share it.
+PREQUANT_API int64_t prequant_scales_bytes(const prequant_weight *weight);
+PREQUANT_API int32_t prequant_pack_scales(const prequant_weight *weight, const void *codes, void *scales,
+                                          int32_t threads);
 
 // How the inputs of a linear are quantized; see prequant_linear.
 enum prequant_input { PREQUANT_INPUT_FLOAT = 0, PREQUANT_INPUT_DYNAMIC = 1, PREQUANT_INPUT_STATIC = 2 };
@@ -81,7 +87,8 @@ enum prequant_activation { PREQUANT_IDENTITY = 0, PREQUANT_RELU = 1, PREQUANT_GE
 
 // A linear layer: what does not change from call to call.
 typedef struct {
-    const void *panels;        // what prequant_pack_panels wrote
+    const void *codes;         // what prequant_pack_codes wrote
+    const void *scales;        // what prequant_pack_scales wrote
     const float *bias;         // [rows], or null
     const float *input_scale;  // PREQUANT_INPUT_STATIC: of all tokens, [1]
     float input_zero;          // PREQUANT_INPUT_STATIC: the code of 0, less half of the levels

@@ -200,9 +200,10 @@ def test_instruction_sets_agree() -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of what ran: ``packed`` for a weight that was packed anew, ``reference`` for the reference."""
+    """Names of what ran: ``codes`` and ``scales`` for what was packed anew, ``reference`` for the reference."""
     seen: list[str] = []
-    pack_weight, run_reference = native_linear._pack, reference.packed_linear
+    pack_codes, pack_scales = native_linear._pack_codes, native_linear._pack_scales
+    run_reference = reference.packed_linear
 
     def noting(name: str, function: Any) -> Any:
         def call(*arguments: Any) -> Any:
@@ -211,7 +212,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    monkeypatch.setattr(native_linear, "_pack", noting("packed", pack_weight))
+    monkeypatch.setattr(native_linear, "_pack_codes", noting("codes", pack_codes))
+    monkeypatch.setattr(native_linear, "_pack_scales", noting("scales", pack_scales))
     monkeypatch.setattr(reference, "packed_linear", noting("reference", run_reference))
     return seen
 
@@ -220,16 +222,41 @@ def test_a_weight_is_packed_once_and_again_when_it_changes(isa: str, calls: list
     layer, input = Layer("affine4:row", 32, 64, "add"), torch.randn(3, 64)
     layer(input)
     layer(input)
-    assert calls == ["packed"]
+    assert calls == ["codes", "scales"]
     assert layer.outliers is not None
-    for tensor in (layer.scale, layer.outliers.values, layer.codes):
+    for tensor in (layer.scale, layer.outliers.values):
         tensor.mul_(2)
         calls.clear()
         assert_linear(layer(input), input, layer)
-        assert calls == ["packed"]
+        assert calls == ["scales"]
+    calls.clear()
+    layer.codes.mul_(2)
+    assert_linear(layer(input), input, layer)
+    assert calls == ["codes", "scales"]
     layer.scale = layer.scale * 0.5
     assert_linear(layer(input), input, layer)
-    assert calls == ["packed"] * 2
+    assert calls == ["codes", "scales", "scales"]
+
+
+@pytest.mark.parametrize("text", ["affine4:row", "affine3:group64:asym", "ternary:row", "bcq3:row", "bcq2:group64"])
+def test_weights_of_several_tasks_share_their_codes(isa: str, calls: list[str], text: str) -> None:
+    layer, input = Layer(text, 40, 192, "replace"), torch.randn(3, 192)
+    assert layer.outliers is not None
+    first = (layer.scale, layer.outliers)
+    tasks = [(layer.scale * factor, layer.outliers._replace(values=layer.outliers.values * factor)) for factor in (1, 2)]
+    tasks.append((tasks[0][0], tasks[1][1]))  # what two tasks hold does not tell which of them it is alone
+    for _ in range(2):
+        for layer.scale, layer.outliers in tasks:
+            assert_linear(layer(input), input, layer)
+            seen, options = quantized(input, "static")  # an input with a zero point: the sums of rows count
+            assert_linear(layer(seen, *options), seen, layer)
+    assert calls == ["codes", *["scales"] * 3]
+    packed = native_linear._packed[layer.codes]
+    assert len(packed.weights) == 3
+    del tasks
+    layer.scale, layer.outliers = first  # the last call's are let go of by the next one
+    assert_linear(layer(input), input, layer)
+    assert len(packed.weights) == 1
 
 
 def test_what_is_not_the_weights_does_not_pack_it_again(isa: str, calls: list[str]) -> None:
@@ -241,7 +268,7 @@ def test_what_is_not_the_weights_does_not_pack_it_again(isa: str, calls: list[st
         assert_linear(layer(seen, *options), seen, layer)
         expected = torch.relu(layer(input))
         torch.testing.assert_close(layer(input, activation="relu"), expected)
-    assert calls == ["packed"]
+    assert calls == ["codes", "scales"]
 
 
 def test_a_tensor_in_the_place_of_another_is_another(isa: str, calls: list[str]) -> None:
@@ -251,7 +278,7 @@ def test_a_tensor_in_the_place_of_another_is_another(isa: str, calls: list[str])
         layer.scale = torch.empty(0)  # the old one is gone before there is a new one
         layer.scale = torch.full((4096, 1), 0.01 * (i + 1))
         assert_linear(layer(input), input, layer)
-    assert calls == ["packed"] * 40
+    assert calls == ["codes", *["scales"] * 40]
 
 
 def test_what_is_packed_lives_as_long_as_the_codes(isa: str) -> None:
@@ -265,7 +292,7 @@ def test_what_is_packed_lives_as_long_as_the_codes(isa: str) -> None:
 def test_weights_that_train_are_not_packed_at_every_step(isa: str, calls: list[str]) -> None:
     layer, input = Layer("affine4:row", 32, 64), torch.randn(3, 64, requires_grad=True)
     layer(input).sum().backward()
-    assert calls == ["packed"] and input.grad is not None
+    assert calls == ["codes", "scales"] and input.grad is not None
     torch.testing.assert_close(input.grad, layer.weight().sum(0).float().expand(3, 64), rtol=1e-4, atol=1e-5)
     layer.scale.requires_grad_()
     calls.clear()
@@ -344,16 +371,18 @@ def test_without_a_library_the_reference_runs_and_says_so_once(
     assert warning.startswith("libprequant_native.so is not installed")
 
 
-def test_memory_that_holds_no_panels_is_refused(isa: str) -> None:
+def test_memory_that_the_library_did_not_pack_is_refused(isa: str) -> None:
     layer, input = Layer("affine4:row", 32, 64), torch.randn(3, 64)
     layer(input)
-    panels = native_linear._packed[layer.codes].panels
-    for byte, value in ((0, 0), (8, 99)):  # the magic word, the version
-        kept = int(panels[byte])
-        panels[byte] = value
+    packed = native_linear._packed[layer.codes]
+    (weight,) = packed.weights.values()
+    # The magic words, the versions, the number of rows of either: behind 16 and 64 bytes of a header.
+    for memory, byte in ((packed.memory, 0), (packed.memory, 8), (packed.memory, 40), (weight.scales, 24)):
+        kept = int(memory[byte])
+        memory[byte] = kept ^ 1
         with pytest.raises(native.NativeLibraryError, match="not packed by this"):
             layer(input)
-        panels[byte] = kept
+        memory[byte] = kept
     assert_linear(layer(input), input, layer)
 
 

@@ -96,16 +96,18 @@ class Layer {
         weight.outlier_values = values.data();
         weight.outlier_columns = places.data();
         weight.outlier_offsets = offsets.data();
-        const int64_t bytes = prequant_panels_bytes(&weight);
-        if (bytes < 0) return false;
-        panels = std::make_unique<Memory>(bytes);
-        linear.panels = panels->bytes;
+        if (prequant_codes_bytes(&weight) < 0) return false;
+        packed_codes = std::make_unique<Memory>(prequant_codes_bytes(&weight));
+        packed_scales = std::make_unique<Memory>(prequant_scales_bytes(&weight));
+        linear.codes = packed_codes->bytes;
+        linear.scales = packed_scales->bytes;
         linear.bias = bias.data();
         linear.input_scale = &input_scale;
         linear.input_zero = -28.0f;
         linear.input_levels = 256;
         linear.input = c.input;
-        return prequant_pack_panels(&weight, panels->bytes, 2) == PREQUANT_OK;
+        return prequant_pack_codes(&weight, packed_codes->bytes, 2) == PREQUANT_OK &&
+               prequant_pack_scales(&weight, packed_codes->bytes, packed_scales->bytes, 2) == PREQUANT_OK;
     }
 
     bool dequantizes(int count, const char *isa) const {
@@ -178,7 +180,7 @@ class Layer {
     std::vector<int32_t> places, offsets{0};
     float input_scale = 0.02f;
     prequant_weight weight{};
-    std::unique_ptr<Memory> panels;
+    std::unique_ptr<Memory> packed_codes, packed_scales;
 };
 
 // All cases on one input, in one call.
