@@ -8,7 +8,7 @@ shared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -44,11 +44,12 @@ FUSIONS: Mapping[Pass, Callable[[fx.Node], bool]] = {
 """Passes that join what surrounds linears, and how to know a node that they made. They are run again, in this order."""
 
 
-def transplant(source: Program, target: Program) -> Program:
+def transplant(source: Program, target: Program, new: Container[str] = ()) -> Program:
     """The graph of ``target`` over the tensors of ``source``, with the weights in the form that they have there.
 
     ``target`` is a trace of the same modules as float ones; its own tensors are not read (they may be on the meta
-    device), but for constants that ``source`` does not have. The result is in eval mode, on the device of ``source``,
+    device), but for those that ``source`` does not have. ``new`` names tensors that are ``target``'s own, whether
+    ``source`` has some of these names or not: those of another head. The result is in eval mode, on the device of ``source``,
     and canonical, lowered or fused as that is.
 
     Raises :class:`PassError` for what the modules' weights and inputs alone don't tell: a linear or embedding that is
@@ -62,8 +63,8 @@ def transplant(source: Program, target: Program) -> Program:
     program = Canonicalize()(target) if canonical else _cleaned(target)
     for node in list(program.graph.nodes):
         if node.target in WEIGHT_OPERAND:
-            _Graft(program, donors).replace(node)
-    program = Pipeline(fusions)(_over(source, program))
+            _Graft(program, donors, new).replace(node)
+    program = Pipeline(fusions)(_over(source, program, new))
     program.planned = planned
     return program
 
@@ -78,10 +79,10 @@ def _cleaned(target: Program) -> Program:
     return program
 
 
-def _over(source: Program, program: Program) -> Program:
-    """``program`` with every tensor that it reads taken from ``source``; constants of its own stay."""
+def _over(source: Program, program: Program, new: Container[str]) -> Program:
+    """``program`` with every tensor that it reads taken from ``source``; constants of its own stay, and what is new."""
     tensors: dict[str, Tensor] = {}
-    held, own_names = _names(source), _names(program)
+    held, own_names = {name for name in _names(source) if name not in new}, _names(program)
     for node in program.graph.find_nodes(op="get_attr"):
         name = str(node.target)
         own = program.tensor(name) if name in own_names else None
@@ -120,6 +121,7 @@ class _Donors:
 
     def __init__(self, source: Program) -> None:
         self.nodes: dict[tuple[str, str], fx.Node] = {}
+        self.floats = {name for name, _ in source.named_parameters()}
         explained: set[fx.Node] = set()
         for view in weights(source):
             for node in view.consumers:
@@ -132,8 +134,13 @@ class _Donors:
             if getattr(node.target, "namespace", "aten") != "aten" and not known:
                 raise PassError(f"{node.target} stands at no linear or embedding, which no other trace has", node=node)
 
-    def find(self, node: fx.Node, weight: str) -> fx.Node:
+    def find(self, node: fx.Node, weight: str, new: Container[str]) -> fx.Node | None:
+        """What stands in the place of a linear or embedding; None for one that is new, and stays as it is: also one
+        over a float weight of the source, as a language model's head is tied to its embedding.
+        """
         donor = self.nodes.get((weight, _path(node)))
+        if weight in new or (donor is None and weight in self.floats):
+            return None
         if donor is None:
             raise PassError(f"the Program has no linear or embedding {_path(node)!r} over {weight}", node=node)
         return donor
@@ -142,15 +149,17 @@ class _Donors:
 class _Graft:
     """Copies of nodes in another graph."""
 
-    def __init__(self, program: Program, donors: _Donors) -> None:
-        self.program, self.donors = program, donors
+    def __init__(self, program: Program, donors: _Donors, new: Container[str]) -> None:
+        self.program, self.donors, self.new = program, donors, new
 
     def replace(self, node: fx.Node) -> None:
         """Give a float linear or embedding the form of its donor."""
         weight: Any = node.args[WEIGHT_OPERAND[node.target]]  # type: ignore[index]
         if weight.op != "get_attr":
             raise PassError("its weight is computed, not stored", node=node)
-        donor = self.donors.find(node, str(weight.target))
+        donor = self.donors.find(node, str(weight.target), self.new)
+        if donor is None:
+            return
         if donor.target in PACKED_OPS:
             self._pack(node, donor)
         else:

@@ -54,8 +54,20 @@ class NumberTable:
                 known = isinstance(part, KNOWN) or _is_power(part)
                 if not known and type(part).__name__ not in FUNCTIONS:
                     raise ValueError(f"the size {expression} takes {type(part).__name__}")
-        made: Callable[..., Sequence[int]] = sympy.lambdify(list(symbols), expressions, modules=[FUNCTIONS], cse=True)
+        called = {f"call_{name}": function for name, function in FUNCTIONS.items()}
+        written = list(map(_as_calls, expressions))
+        made: Callable[..., Sequence[int]] = sympy.lambdify(list(symbols), written, modules=[called], cse=True)
         return made
+
+
+def _as_calls(expression: sympy.Basic) -> sympy.Basic:
+    """The expression with torch's functions under names that sympy's printer knows nothing of: it would write Mod of
+    sums as ``a + b % c + d``.
+    """
+    return expression.replace(
+        lambda part: type(part).__name__ in FUNCTIONS,
+        lambda part: sympy.Function(f"call_{type(part).__name__}")(*part.args),
+    )
 
 
 def _is_power(part: sympy.Basic) -> bool:

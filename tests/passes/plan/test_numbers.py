@@ -25,6 +25,8 @@ def test_equal_sizes_share_an_entry() -> None:
         (FloorDiv(A, 2) * B, 6),
         (Mod(A, B), 2),
         (PythonMod(A, B), 2),
+        (2 * Mod(A * B + A, A + B) + 1, 9),
+        (FloorDiv(A + B, B - 1), 4),
         (sympy.Mod(A, 3), 2),
         (Max(A, B), 5),
         (Min(A, B + 1), 4),
