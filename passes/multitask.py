@@ -21,7 +21,6 @@ from torch import Tensor, fx
 
 from prequant.runtime import PrequantError, ops
 
-from .packed import PRODUCTS
 from .program import Input, OutputTree, Program, ProgramInfo, Signature
 from .shapes import propagate_shapes
 
@@ -175,7 +174,9 @@ class _Merge:
             return True
         if len(value.members) < len(self.tasks):
             return False
-        return all(self.tasks[i].begins_with_rows(node) for i, node in value.members.items())
+        if not all(self.tasks[i].begins_with_rows(node) for i, node in value.members.items()):
+            return False
+        return len({_form(node.meta["val"]) for node in value.members.values()}) == 1
 
     # ---- writing the graph -------------------------------------------------------------------------------------------
 
@@ -192,7 +193,8 @@ class _Merge:
             trees.append(tuple(range(len(results), len(results) + len(flat))))
             places = self.places[task.index]
             results += [
-                self._part(self.values[places[node]], task.index) if isinstance(node, fx.Node) else node for node in flat
+                self._part(self.values[places[node]], task.index) if isinstance(node, fx.Node) else node
+                for node in flat
             ]
         self.graph.output(tuple(results))
         self.graph.eliminate_dead_code()
@@ -274,8 +276,13 @@ class _Merge:
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same memory, seen in the same way."""
-    same = (a.data_ptr(), a.dtype, a.shape, a.stride(), a.device) == (b.data_ptr(), b.dtype, b.shape, b.stride(), b.device)
-    return a is b or (same and a.numel() > 0)
+    first, second = ((t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for t in (a, b))
+    return a is b or (first == second and a.numel() > 0)
+
+
+def _form(value: Tensor) -> tuple[Any, ...]:
+    """What values have to have in common to be rows of one: their type, and fixed sizes."""
+    return value.dtype, *(size if isinstance(size, int) else None for size in value.shape)
 
 
 def _key(value: Any, places: dict[fx.Node, int]) -> Any:

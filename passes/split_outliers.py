@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -43,6 +44,10 @@ class SplitOutliers(WeightPass):
     """Whether the values are added to the dense weight, or replace it."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """How the values are stored."""
+    choice: Literal["largest", "random"] = "largest"
+    """Which weights they are: the extreme ones, or as many of any size (what the paper compares itself with)."""
+    seed: int = 0
+    """Of the random choice, which is the same for a weight wherever it stands."""
 
     def __post_init__(self) -> None:
         """Raises :class:`PassError` for none or both of ratio and threshold, and for one that is out of range."""
@@ -54,6 +59,8 @@ class SplitOutliers(WeightPass):
             raise PassError(f"split-outliers: ratio={self.ratio} is not between 0 and 1")
         if self.threshold is not None and not 0 < self.threshold < math.inf:
             raise PassError(f"split-outliers: threshold={self.threshold} is not a positive number of deviations")
+        if self.choice == "random" and self.ratio is None:
+            raise PassError("split-outliers: choice=random takes a ratio, not a threshold")
 
     def run(self, program: Program) -> Report:
         """Split every dense weight in scope."""
@@ -71,7 +78,7 @@ class SplitOutliers(WeightPass):
                 report.keep(site, "not a matrix of finite numbers")
                 continue
             total += weight.numel()
-            chosen = self._choose(weight.float())
+            chosen = self._drawn(weight, site.name) if self.choice == "random" else self._choose(weight.float())
             if not chosen.numel():
                 report.keep(site, "no outliers")
                 continue
@@ -97,6 +104,14 @@ class SplitOutliers(WeightPass):
         above = (magnitude > cut).nonzero().flatten()
         ties = (magnitude == cut).nonzero().flatten()[: count - above.numel()]
         return torch.cat([above, ties]).sort().values
+
+    def _drawn(self, weight: Tensor, name: str) -> Tensor:
+        """As many flat positions of any weights, in ascending order."""
+        assert self.ratio is not None
+        # A generator on the CPU looks at 32 bits of its seed.
+        random = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
+        drawn = torch.randperm(weight.numel(), generator=random)[: round(self.ratio * weight.numel())]
+        return drawn.sort().values.to(weight.device)
 
     def _operands(self, weight: Tensor, chosen: Tensor) -> dict[str, Tensor | None]:
         rows, columns = weight.shape

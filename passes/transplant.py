@@ -49,8 +49,8 @@ def transplant(source: Program, target: Program, new: Container[str] = ()) -> Pr
 
     ``target`` is a trace of the same modules as float ones; its own tensors are not read (they may be on the meta
     device), but for those that ``source`` does not have. ``new`` names tensors that are ``target``'s own, whether
-    ``source`` has some of these names or not: those of another head. The result is in eval mode, on the device of ``source``,
-    and canonical, lowered or fused as that is.
+    ``source`` has some of these names or not: those of another head. The result is in eval mode, on the device of
+    ``source``, and canonical, lowered or fused as that is.
 
     Raises :class:`PassError` for what the modules' weights and inputs alone don't tell: a linear or embedding that is
     not in ``source``, one whose calls have different forms, quantized values that no linear reads, a tensor that is

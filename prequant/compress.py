@@ -18,12 +18,16 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prequant.adapters import adapter_of, write_adapter
+from prequant.adapters.file import check_adapter_path
+from prequant.adapters.variant import stored_name
 from prequant.checkpoint import load, save
 from prequant.checkpoint.atomic import replacing
 from prequant.checkpoint.folder import is_ours
 from prequant.inspection import weight_rows
 from prequant.losses import LABELS, SEQ2SEQ_LM
-from prequant.measure import installed_versions, median_seconds, weight_bytes
+from prequant.measure import installed_versions, median_seconds, plain, weight_bytes
+from prequant.model import ModelProgram
 from prequant.quiet import no_progress_bars
 from prequant.recipes import Recipe
 from prequant.report import LATENCY_BATCH, CompressionReport, ModelFigures
@@ -88,6 +92,7 @@ def compress(
     *,
     baseline: str = TRAIN,
     baseline_training: TrainingSettings | None = None,
+    adapter: str | Path | None = None,
     max_length: int = 128,
     progress: bool = True,
 ) -> CompressionReport:
@@ -97,12 +102,15 @@ def compress(
     ``data`` as in :func:`prequant.tasks.data.read_splits`. ``baseline``: ``"train"`` fine-tunes the float model on the
     same data, from the same head, with ``baseline_training`` (default: the recipe's epochs, batch size and seed with
     ``TrainingSettings``' learning rate); ``"given"`` takes it as it is; ``"none"`` compares with nothing; a path is a
-    model fine-tuned before. Figures of the compressed model are those of the saved folder, loaded again. Its
-    ``prequant-report.json`` has every figure, setting and version; model and report appear in ``out`` together, after
-    all is measured, or not at all. Raises :class:`PrequantError` for input that can't be used, before anything trains.
+    model fine-tuned before. ``adapter``: a file to write what was trained to, so that the task can be chosen again
+    where the folder serves other tasks as well. Figures of the compressed model are those of the saved folder, loaded
+    again. Its ``prequant-report.json`` has every figure, setting and version; model and report appear in ``out``
+    together, after all is measured, or not at all. Raises :class:`PrequantError` for input that can't be used, before
+    anything trains.
     """
     with nullcontext() if progress else no_progress_bars():
-        return _compress(source, recipe, task, data, Path(out), baseline, baseline_training, max_length, progress)
+        own = None if adapter is None else Path(adapter)
+        return _compress(source, recipe, task, data, Path(out), baseline, baseline_training, own, max_length, progress)
 
 
 def _compress(
@@ -113,10 +121,13 @@ def _compress(
     out: Path,
     baseline: str,
     baseline_training: TrainingSettings | None,
+    adapter: Path | None,
     max_length: int,
     progress: bool,
 ) -> CompressionReport:
     check_output(out, source, baseline)
+    if adapter is not None:
+        check_adapter_path(adapter)
     task.check_metrics()
     tokenizer = load_tokenizer(source)
     model, fresh = load_for(source, task, recipe.training.seed, tokenizer)
@@ -137,16 +148,17 @@ def _compress(
     training = baseline_training or default_baseline_training(recipe.training)
     compared = _baseline(model, baseline, training, bench, parameters)
 
-    result, trained = None, 0
+    result, trains = None, dict[str, int]()
     if recipe.trains:
-        trained = sum(p.numel() for p in program.parameters() if p.requires_grad)
+        trains = {name: p.numel() for name, p in program.named_parameters() if p.requires_grad}
         result = bench.finetune(program, recipe.training, head)
     program = recipe.finish()(program)
     with replacing(out, is_ours) as staging:
         save(program, staging, tokenizer)
         saved = load(staging)
+        assert isinstance(saved, ModelProgram)
         score = bench.score(saved)
-        ours = ModelFigures(score.scores, weight_bytes(staging), parameters, trained, math.nan, result)
+        ours = ModelFigures(score.scores, weight_bytes(staging), parameters, sum(trains.values()), math.nan, result)
         models, known = zip(*(*compared, (saved, ours)), strict=True)
         figures = [replace(one, latency=latency) for one, latency in zip(known, bench.latencies(models), strict=True)]
         report = CompressionReport(
@@ -170,6 +182,9 @@ def _compress(
             passes=[item.to_dict() for item in program.reports],
         )
         write_report(staging, report.to_json())
+        if adapter is not None:
+            about = {"task": task.name, "kind": task.kind, "scores": score.scores, "settings": report.settings}
+            write_adapter(adapter, adapter_of(saved, saved, plain(about), always=map(stored_name, trains)))
     return report
 
 

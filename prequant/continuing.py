@@ -9,12 +9,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer,
 
 from prequant.checkpoint import load
 from prequant.model import ModelProgram
-from prequant.sources import SourceError, is_compressed, load_model, load_tokenizer
+from prequant.sources import SourceError, is_compressed, load_model, load_tokenizer, with_adapter
 
 
-def load_generator(source: str | Path) -> tuple[PreTrainedModel | ModelProgram, PreTrainedTokenizerBase]:
-    """A model that generates text, and its tokenizer. Raises :class:`SourceError` for a model that does not."""
+def load_generator(
+    source: str | Path, adapter: Path | None = None
+) -> tuple[PreTrainedModel | ModelProgram, PreTrainedTokenizerBase]:
+    """A model that generates text, with an adapter if one is given, and its tokenizer.
+
+    Raises :class:`SourceError` for a model that does not generate, and what
+    :func:`~prequant.sources.with_adapter` does.
+    """
     model: Any = load(source) if is_compressed(source) else load_model(source)
+    model = with_adapter(model, source, adapter)
     if not (isinstance(model, (PreTrainedModel, ModelProgram)) and model.can_generate()):
         raise SourceError(f"{source} holds a {type(model).__name__}, which does not generate text")
     return model, load_tokenizer(source)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +21,10 @@ from prequant.runtime import PrequantError, ops
 from .losses import LABELS, LOGITS, accepts_loss_kwargs, counts_items, loss_of, shift_right
 from .trace_errors import trace_error
 from .traced import TracedProgram
+
+if TYPE_CHECKING:
+    from .adapters import Adapter
+    from .adapters.loaded import Adapters
 
 CONFIG = "config"
 MODEL_CLASS = "model_class"
@@ -137,11 +142,56 @@ class ModelProgram(TracedProgram):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Like ``transformers.GenerationMixin.generate``: greedy, sampling, beams, left-padded batches, streamers.
 
-        Runs :func:`prequant.generation.with_cache`, whose graphs are made at the first call.
+        Runs :func:`prequant.generation.with_cache`, whose graphs are made at the first call, and for each adapter.
         """
         from .generation import with_cache
 
-        return cast(Any, with_cache(self)).generate(*args, **kwargs)
+        adapters = self._adapters
+        program = self if adapters is None else adapters.program(adapters.active)
+        return cast(Any, with_cache(program)).generate(*args, **kwargs)
+
+    # ---- adapters ----------------------------------------------------------------------------------------------------
+
+    def load_adapter(self, name: str, source: str | os.PathLike[str] | Adapter) -> None:
+        """Load the file of a task that was tuned on this Program (or what it holds), to be chosen by ``name``.
+
+        It takes the memory of its own tensors; all others are this Program's. Raises
+        :class:`~prequant.adapters.AdapterError` for a file that is no adapter, or was made on another base.
+        """
+        from .adapters.loaded import Adapters
+
+        (self._adapters or Adapters(self)).load(name, source)
+
+    def set_adapter(self, name: str | None) -> None:
+        """Become this Program with a loaded adapter: its graph, configuration and labels, too; None: the base again.
+
+        What is saved then, or rewritten by passes, is the Program as it is. Raises
+        :class:`~prequant.adapters.AdapterError` for a name that is not loaded.
+        """
+        if (adapters := self._adapters) is not None:
+            adapters.choose(self, name)
+        elif name is not None:
+            raise PrequantError(f"no adapter {name!r} is loaded; there are none")
+
+    def delete_adapter(self, name: str) -> None:
+        """Unload an adapter that is not in use."""
+        if (adapters := self._adapters) is None:
+            raise PrequantError(f"no adapter {name!r} is loaded; there are none")
+        adapters.delete(name)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters."""
+        return () if self._adapters is None else self._adapters.names
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The adapter in use; None for the base."""
+        return None if self._adapters is None else self._adapters.active
+
+    @property
+    def _adapters(self) -> Adapters | None:
+        return self.__dict__.get("_loaded_adapters")
 
     def _tensors(self) -> Any:
         yield from self.parameters()
@@ -150,10 +200,13 @@ class ModelProgram(TracedProgram):
     # ---- calling -----------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call like the model.
+        """Call like the model. ``adapters``: one loaded adapter (or None, the base) for each row of the batch.
 
-        Raises ``TypeError`` for an input that the Program does not have, and one that is missing and has no default.
+        With adapters of one head there is one result; where heads differ, there is one for each row, in a tuple. Raises
+        ``TypeError`` for an input that the Program does not have, and one that is missing and has no default.
         """
+        if (names := kwargs.pop("adapters", None)) is not None:
+            return self._call_by_rows(names, args, kwargs)
         return_dict = kwargs.pop("return_dict", None)
         items = kwargs.pop(ITEMS, None) if self.accepts_loss_kwargs else None
         targets = {name: kwargs.pop(name) for name in self.labels if name in kwargs}
@@ -164,6 +217,18 @@ class ModelProgram(TracedProgram):
         if targets and len(targets) == len(self.labels):
             outputs = self._with_loss(outputs, targets, items)
         return outputs.to_tuple() if return_dict is False and isinstance(outputs, ModelOutput) else outputs
+
+    def _call_by_rows(self, names: Sequence[str | None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        from .adapters.rows import call_by_rows
+
+        if self._adapters is None:
+            raise PrequantError("adapters are named for the rows of a batch, and none is loaded")
+        return call_by_rows(self._adapters, names, args, kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self.adapters:
+            raise PrequantError("a Program with adapters stays where it is: move it before loading them")
+        return super()._apply(fn, recurse)
 
     def _with_loss(self, outputs: Any, targets: Mapping[str, Tensor], items: Any) -> Any:
         assert self.task is not None

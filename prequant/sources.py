@@ -196,11 +196,16 @@ def load_model_like(source: str | Path, program: Program) -> PreTrainedModel:
         return kind.from_pretrained(source, dtype=torch.float32).eval()
 
 
-def load_scored(source: str | Path, task: Task) -> tuple[PreTrainedModel | ModelProgram, PreTrainedTokenizerBase]:
-    """A model with a head for ``task``, compressed or not, and its tokenizer. Raises :class:`SourceError` if the head
-    is missing.
+def load_scored(
+    source: str | Path, task: Task, adapter: Path | None = None
+) -> tuple[PreTrainedModel | ModelProgram, PreTrainedTokenizerBase]:
+    """A model with a head for ``task``, compressed or not, with an adapter if one is given, and its tokenizer.
+
+    Raises :class:`SourceError` if the head is missing, and what :func:`with_adapter` does.
     """
     if not is_compressed(source):
+        if adapter is not None:
+            raise SourceError(f"{source} is not compressed: it takes no adapter")
         tokenizer = load_tokenizer(source)
         model, fresh = load_for(source, task, 0, tokenizer)
         if fresh:
@@ -208,12 +213,26 @@ def load_scored(source: str | Path, task: Task) -> tuple[PreTrainedModel | Model
                 f"{source} has no head for {task.name}: {', '.join(fresh)} are missing; fine-tune it first"
             )
         return model, tokenizer
-    program = load(source)
+    program = with_adapter(load(source), source, adapter)
     if not isinstance(program, ModelProgram) or program.task != task.kind:
         raise SourceError(f"{source} has no head for {task.name}: it holds no model for {task.kind}")
     if misfit := task.misfit(program.config):
         raise SourceError(f"{source} does not serve {task.name}: {misfit}")
     return program, load_tokenizer(source)
+
+
+def with_adapter(model: Any, source: str | Path, adapter: Path | None) -> Any:
+    """A compressed model with the adapter of a file in use; as it is without one.
+
+    Raises :class:`SourceError` for a model that is not compressed, and :class:`~prequant.adapters.AdapterError`.
+    """
+    if adapter is None:
+        return model
+    if not isinstance(model, ModelProgram):
+        raise SourceError(f"{source} is no folder that prequant saved of a transformers model: it takes no adapter")
+    model.load_adapter(adapter.stem, adapter)
+    model.set_adapter(adapter.stem)
+    return model
 
 
 def head_of(model: PreTrainedModel, task: Task) -> tuple[str, ...]:

@@ -250,7 +250,9 @@ def _pack_codes(weight: NeutralWeight) -> Tensor:
     size = library.prequant_codes_bytes(weight.address)
     native.check(0 if size >= 0 else 1, f"packing {weight}")
     codes = memory.panels.take(size)
-    native.check(library.prequant_pack_codes(weight.address, codes.data_ptr(), torch.get_num_threads()), f"packing {weight}")
+    native.check(
+        library.prequant_pack_codes(weight.address, codes.data_ptr(), torch.get_num_threads()), f"packing {weight}"
+    )
     return codes
 
 

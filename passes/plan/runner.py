@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn.modules import module as torch_modules
 
-from prequant.runtime import native
+from prequant.runtime import PrequantError, native
 from prequant.runtime import plan as runtime_plan
 
 from ..program import Input, Program
@@ -37,7 +38,7 @@ class PlanRunner:
         self._holds: dict[tuple[int, ...], bool] = {}
         self._lock = threading.Lock()
         try:
-            draft = draft_plan(program)
+            draft = _draft_of(program)
         except NoPlan as error:
             self._obstacle = str(error)
             return
@@ -116,6 +117,26 @@ class PlanRunner:
 
     def __reduce__(self) -> Any:
         return type(None), ()
+
+
+_DRAFTS: OrderedDict[Any, Draft] = OrderedDict()
+MOST_DRAFTS = 16
+"""Drafts that are kept: a base and its tasks share one, as they have one graph over other numbers."""
+
+
+def _draft_of(program: Program) -> Draft:
+    """The draft of the program, or of another one with the same graph and tensors of the same kinds."""
+    names = sorted({str(node.target) for node in program.graph.find_nodes(op="get_attr")})
+    try:
+        kinds = tuple((name, _kind(program.tensor(name))) for name in names)
+    except PrequantError as error:
+        raise NoPlan(str(error)) from error
+    key = program.code, repr(program.signature), kinds, native.chosen_isa()
+    draft = _DRAFTS.pop(key, None) or draft_plan(program)
+    _DRAFTS[key] = draft
+    if len(_DRAFTS) > MOST_DRAFTS:
+        _DRAFTS.popitem(last=False)
+    return draft
 
 
 PLAIN = [(kind, "cpu", torch.strided) for kind in (Tensor, Parameter)]

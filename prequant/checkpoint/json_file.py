@@ -24,16 +24,23 @@ def read_json(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
             data = file.read(max_bytes + 1)
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from error
-    if len(data) > max_bytes:
-        raise CheckpointError(f"{path}: larger than {max_bytes:,} bytes, the most that is read")
+    return parse_json(data, str(path), max_bytes)
+
+
+def parse_json(text: bytes | str, where: str, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """The object that a text holds; ``where`` begins the messages. Raises :class:`CheckpointError` as
+    :func:`read_json`.
+    """
+    if len(text) > max_bytes:
+        raise CheckpointError(f"{where}: larger than {max_bytes:,} bytes, the most that is read")
     try:
-        value = json.loads(data, object_pairs_hook=_object, parse_constant=_not_a_number)
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_not_a_number)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+        raise CheckpointError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds {describe(value)} where an object belongs")
+        raise CheckpointError(f"{where}: holds {describe(value)} where an object belongs")
     return value
 
 

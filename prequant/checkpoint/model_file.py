@@ -96,14 +96,15 @@ def decode_extra(record: Record, config: Record, folder: Path) -> dict[str, Any]
     if bad := [name for name in extra[UNREAD] if not is_tensor_name(name)]:
         raise CheckpointError(f"{record.where}: {describe(bad[0])} is no name of a tensor")
     if "model" in record.value:
-        extra |= _decode_model(record.record("model"))
+        extra |= decode_model(record.record("model"))
         extra[keys.CONFIG] = read_config(config)
         if (folder / GENERATION_FILE).exists():
             extra[keys.GENERATION_CONFIG] = _read_generation_config(inside(folder, GENERATION_FILE))
     return extra
 
 
-def _decode_model(record: Record) -> dict[str, Any]:
+def decode_model(record: Record) -> dict[str, Any]:
+    """What a ModelProgram's ``extra`` says of its model. Raises :class:`CheckpointError`."""
     record.only((*_TEXTS, *_OPTIONAL_TEXTS, *_FLAGS))
     values: dict[str, Any] = {flag: record.get(flag, bool) for flag in _FLAGS}
     values |= {name: record.get(name, str) for name in _TEXTS}

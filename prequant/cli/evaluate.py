@@ -13,6 +13,7 @@ def evaluate(
     data: options.Data = None,
     batch_size: options.BatchSize = 64,
     max_length: options.MaxLength = 128,
+    adapter: options.AdapterFile = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Score a compressed folder, or an ordinary model folder, on a task's validation set."""
@@ -26,7 +27,7 @@ def evaluate(
     with no_progress_bars() if quiet else nullcontext():
         wanted = find_task(task)
         wanted.check_metrics()
-        model, tokenizer = load_scored(folder, wanted)
+        model, tokenizer = load_scored(folder, wanted, adapter)
         check_length(model.config, max_length)
         rows = wanted.load(data)["validation"]
         result = wanted.evaluate(model, rows, tokenizer, Limits(max_length, batch_size), progress=not quiet)

@@ -30,13 +30,14 @@ def generate(
     ] = None,
     num_beams: Annotated[int, typer.Option(help="Search with so many beams; shown when it is done.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    adapter: options.AdapterFile = None,
 ) -> None:
     """Continue a text with a folder that prequant saved, or with an ordinary model, and show each word as it comes."""
     from prequant.continuing import continue_text, load_generator
 
     drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     settings: dict[str, Any] = {name: value for name, value in drawing.items() if value is not None} if sample else {}
-    loaded, tokenizer = load_generator(model)
+    loaded, tokenizer = load_generator(model, adapter)
     stream = num_beams == 1  # beams are known only when all of them are
     settings |= {"do_sample": sample, "num_beams": num_beams}
     text = continue_text(loaded, tokenizer, prompt, max_new_tokens, seed, stream=stream, **settings)

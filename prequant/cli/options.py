@@ -20,6 +20,21 @@ Data = Annotated[
         "prequant ships. Without it, the task's own data set on the hub.",
     ),
 ]
+Set = Annotated[
+    list[str],
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="Any option of the recipe (see 'prequant recipes'); repeat for several."
+    ),
+]
+RecipeEpochs = Annotated[
+    float | None, typer.Option("--epochs", help="Passes over the training set.", show_default="the recipe's")
+]
+RecipeBatchSize = Annotated[
+    int | None, typer.Option("--batch-size", help="Examples per step.", min=1, show_default="the recipe's")
+]
+AdapterFile = Annotated[
+    Path | None, typer.Option("--adapter", help="A file that 'prequant adapt' wrote for this folder.")
+]
 Epochs = Annotated[float, typer.Option(help="Passes over the training set.")]
 BatchSize = Annotated[int, typer.Option(help="Examples per step.", min=1)]
 LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="the method's own")]

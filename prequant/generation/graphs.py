@@ -51,6 +51,22 @@ def make_graphs(program: ModelProgram) -> Graphs:
     return graphs
 
 
+def graphs_over(graphs: Graphs, program: ModelProgram) -> Graphs:
+    """The same graphs over the tensors of another program, which has the graph that they were made for."""
+    encoder = None if graphs.encoder is None else _over(graphs.encoder, program)
+    return Graphs(_over(graphs.prefill, program), _over(graphs.decode, program), encoder)
+
+
+def _over(graph: Program, program: ModelProgram) -> Program:
+    copied = graph.copy()
+    held = {name for name, _ in (*program.named_parameters(), *program.named_buffers())}
+    names = {str(node.target) for node in copied.graph.find_nodes(op="get_attr")}
+    tensors = {name: (program if name in held else graph).tensor(name) for name in names}
+    result = Program(tensors, copied.graph, graph.info).train(False)
+    result.planned = graph.planned
+    return result
+
+
 def _take_cross_cache(program: Program, traces: CachedTrace) -> None:
     """Turn the keys and values of the encoder's positions from results into inputs."""
     graph, own = program.graph, 1 + 2 * traces.layers

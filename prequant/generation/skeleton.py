@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from functools import lru_cache
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 
 from prequant.losses import CAUSAL_LM, SEQ2SEQ_LM
 from prequant.model import MODEL_CLASS, ModelProgram
+from prequant.model_class import find_model_class
+from prequant.runtime import PrequantError
 
 from .cached_trace import CachedTrace, trace_cached
 from .errors import GenerationError
@@ -44,22 +44,15 @@ def generates(program: ModelProgram) -> bool:
 
 
 def model_class(path: str) -> Any:
-    """The class at an import path: one of transformers' own, or of a module that is imported already.
-
-    Paths come from files, and importing what a file says would run it. Raises :class:`GenerationError` for what is not
-    there, and for a class that does not generate.
+    """The class at an import path. Raises :class:`GenerationError` for what :func:`find_model_class` does not find, and
+    for a class that does not generate.
     """
-    module, _, name = path.rpartition(".")
-    if module.split(".")[0] == "transformers":
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise GenerationError(f"the model class {path!r}: {error}") from error
-    found = getattr(sys.modules.get(module), name, None)
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        raise GenerationError(f"the model class {path!r} is not one of transformers, nor of an imported module")
+    try:
+        found: Any = find_model_class(path)
+    except PrequantError as error:
+        raise GenerationError(str(error)) from error
     if not issubclass(found, GenerationMixin):
-        raise GenerationError(f"a {name} does not generate text: trace a model with a language model's head")
+        raise GenerationError(f"a {found.__name__} does not generate text: trace a model with a language model's head")
     return found
 
 

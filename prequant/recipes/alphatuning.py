@@ -66,10 +66,12 @@ class AlphaTuning(Recipe):
     def prepare(self, program: Program, head: tuple[str, ...]) -> Pipeline:
         """Binary coding, lowered so that training runs on packed planes, and the choice of what trains."""
         passes = [Canonicalize(), self._binary_code(head_weights(program, head)), Lower()]
-        if not self.trains:
-            return Pipeline(passes)
+        return Pipeline([*passes, self.tune(program, head)] if self.trains else passes)
+
+    def tune(self, program: Program, head: tuple[str, ...]) -> Train:
+        """Alphas, and what else is to train."""
         alphas = not {"first-alphas", "alphas"}.isdisjoint(self.train)
-        train = Train(
+        return Train(
             alphas="alphas" in self.train,
             first_alphas="first-alphas" in self.train,
             mean_alpha_gradients=alphas and self.mean_gradients,
@@ -77,7 +79,6 @@ class AlphaTuning(Recipe):
             biases="biases" in self.train and has_biases(program),
             head=head if "head" in self.train else (),
         )
-        return Pipeline([*passes, train])
 
     def finish(self) -> Pipeline:
         """Nothing trains any more, so what can be fused is, and calls go by a plan."""

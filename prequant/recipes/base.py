@@ -17,9 +17,11 @@ from prequant.passes import (
     Pipeline,
     Plan,
     Program,
+    Train,
     weight_sites,
 )
 from prequant.passes.options import fit, options_of
+from prequant.passes.packed import packed_uses
 from prequant.training import TrainingSettings
 
 
@@ -49,6 +51,10 @@ class Recipe(ABC):
         """Passes to run on ``program`` before the training; ``head`` names the parameters of the task head."""
 
     @abstractmethod
+    def tune(self, program: Program, head: tuple[str, ...]) -> Train:
+        """The choice of what trains in a program whose weights are compressed."""
+
+    @abstractmethod
     def finish(self) -> Pipeline:
         """Passes that run after the training."""
 
@@ -68,9 +74,11 @@ def head_weights(program: Program, head: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def has_biases(program: Program) -> bool:
-    """Whether any linear of a canonical Program has a bias: T5's have none."""
+    """Whether any linear of a canonical Program, lowered or not, has a bias: T5's have none."""
     linears = program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
-    return any(len(node.args) > 2 and node.args[2] is not None for node in linears)
+    biases = [node.args[2] for node in linears if len(node.args) > 2]
+    biases += [use.operands["bias"] for use in packed_uses(program.graph) if use.kind == "linear"]
+    return any(bias is not None for bias in biases)
 
 
 def speed_passes() -> tuple[Pass, ...]:

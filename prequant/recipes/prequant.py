@@ -50,6 +50,8 @@ class PreQuant(Recipe):
     """How scales are chosen; 'sigma' is the paper's rule, which looks at the deviation alone."""
     outlier_ratio: float = 0.01
     """Share of each matrix that is kept as outliers; 0 keeps none."""
+    outlier_choice: Literal["largest", "random"] = "largest"
+    """Which weights are called outliers; 'random' draws as many from the training's seed, to compare with."""
     outlier_mode: Literal["delta", "replace"] = "delta"
     """Whether an outlier adds to the quantized weight or stands in its place."""
     outlier_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
@@ -109,18 +111,20 @@ class PreQuant(Recipe):
             Lower(),
         ]
         if self.trains:
-            passes.append(
-                Train(
-                    outliers="outliers" in self.train,
-                    scales="scales" in self.train,
-                    layer_norms="layer-norms" in self.train,
-                    biases="biases" in self.train and has_biases(program),
-                    head=head if "head" in self.train else (),
-                    embedding_outliers=self.train_embedding_outliers,
-                    reset_outliers=self.reset_outliers,
-                )
-            )
+            passes.append(self.tune(program, head))
         return Pipeline([Canonicalize(), *passes])
+
+    def tune(self, program: Program, head: tuple[str, ...]) -> Train:
+        """Stage 2: the outliers, and what else is to train."""
+        return Train(
+            outliers="outliers" in self.train,
+            scales="scales" in self.train,
+            layer_norms="layer-norms" in self.train,
+            biases="biases" in self.train and has_biases(program),
+            head=head if "head" in self.train else (),
+            embedding_outliers=self.train_embedding_outliers,
+            reset_outliers=self.reset_outliers,
+        )
 
     def finish(self) -> Pipeline:
         """Outlier values take their storage type; nothing trains any more, so what can be fused is, and calls go by a
@@ -129,11 +133,17 @@ class PreQuant(Recipe):
         return Pipeline([Freeze(outlier_dtype=self.outlier_dtype), *speed_passes()])
 
     def _split_outliers(self, kept: tuple[str, ...]) -> list[Pass]:
-        return (
-            [SplitOutliers(ratio=self.outlier_ratio, mode=self.outlier_mode, exclude=kept)]
-            if self.outlier_ratio
-            else []
-        )
+        if not self.outlier_ratio:
+            return []
+        return [
+            SplitOutliers(
+                ratio=self.outlier_ratio,
+                mode=self.outlier_mode,
+                choice=self.outlier_choice,
+                seed=self.training.seed if self.outlier_choice == "random" else 0,
+                exclude=kept,
+            )
+        ]
 
     def _quantize_weights(self, kept: tuple[str, ...]) -> QuantizeWeights:
         return QuantizeWeights(

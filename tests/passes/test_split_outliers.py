@@ -101,6 +101,23 @@ def test_a_threshold_takes_what_is_beyond_it(threshold: float) -> None:
     assert set(found) == {(int(row), int(column)) for row, column in beyond} and found
 
 
+def test_a_random_choice_is_of_any_size_and_the_same_for_a_seed() -> None:
+    weight = torch.randn(40, 50)
+
+    def positions(**options: Any) -> Tensor:
+        (site,) = weight_sites(one_weight(weight, ratio=0.1, choice="random", **options))
+        parts = (site.tensors[f"outliers.{part}"] for part in ("columns", "row_offsets"))
+        columns, offsets = map(site.program.tensor, parts)
+        rows = torch.repeat_interleave(torch.arange(40), offsets.diff())
+        return rows * 50 + columns.to(torch.int64)
+
+    first = positions()
+    assert first.numel() == 200 and bool((first.diff() > 0).all())
+    assert torch.equal(first, positions(seed=0)) and not torch.equal(first, positions(seed=1))
+    drawn = weight.flatten()[first]
+    assert abs(float(drawn.std()) - 1) < 0.15  # extremes deviate by more than 1.6
+
+
 def test_each_matrix_has_its_own_statistics() -> None:
     model = tiny_mlp()
     model.second.weight.data *= 1000
@@ -186,6 +203,7 @@ def test_scope() -> None:
         ({"threshold": -1.0}, "threshold=-1.0"),
         ({"threshold": float("nan")}, "threshold=nan"),
         ({"threshold": float("inf")}, "threshold=inf"),
+        ({"threshold": 3.0, "choice": "random"}, "choice=random takes a ratio, not a threshold"),
         ({"ratio": 0.1, "mode": "add"}, "'mode'.*'add' is not one of 'delta', 'replace'"),
         ({"ratio": 0.1, "dtype": "int8"}, "'dtype'.*'int8' is not one of"),
     ],

@@ -21,7 +21,19 @@ from prequant.tasks import TASKS
 
 from .tiny import LENGTH, make_model, make_tokenizer, save_folder, write_data
 
-COMMANDS = ("compress", "eval", "finetune", "generate", "inspect", "opt", "passes", "recipes", "tasks")
+COMMANDS = (
+    "adapt",
+    "adapters",
+    "compress",
+    "eval",
+    "finetune",
+    "generate",
+    "inspect",
+    "opt",
+    "passes",
+    "recipes",
+    "tasks",
+)
 FOUR_PASSES = "canonicalize,split-outliers{ratio=0.01},quantize-weights{bits=4},lower"
 
 

@@ -243,7 +243,9 @@ def test_weights_of_several_tasks_share_their_codes(isa: str, calls: list[str], 
     layer, input = Layer(text, 40, 192, "replace"), torch.randn(3, 192)
     assert layer.outliers is not None
     first = (layer.scale, layer.outliers)
-    tasks = [(layer.scale * factor, layer.outliers._replace(values=layer.outliers.values * factor)) for factor in (1, 2)]
+    tasks = [
+        (layer.scale * factor, layer.outliers._replace(values=layer.outliers.values * factor)) for factor in (1, 2)
+    ]
     tasks.append((tasks[0][0], tasks[1][1]))  # what two tasks hold does not tell which of them it is alone
     for _ in range(2):
         for layer.scale, layer.outliers in tasks:

@@ -3,6 +3,7 @@
 import copy
 import gc
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -15,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prequant.passes import Pipeline, Program, QuantizeWeights, lower
 from prequant.passes.compose_ops import ComposeOps
+from prequant.passes.plan import runner
+from prequant.passes.plan.compile import Draft, draft_plan
 from prequant.runtime import plan as runtime_plan
 from prequant.trace import trace
 
@@ -99,6 +102,25 @@ def test_calls_in_eval_mode_without_gradients(program: Program, calls: list[int]
     program.requires_grad_(False)
     program(**x)
     assert len(calls) == 4
+
+
+def test_programs_of_one_graph_share_the_draft_of_their_plans(
+    program: Program, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafts: list[Program] = []
+
+    def drafting(program: Program) -> Draft:
+        drafts.append(program)
+        return draft_plan(program)
+
+    monkeypatch.setattr(runner, "draft_plan", drafting)
+    monkeypatch.setattr(runner, "_DRAFTS", OrderedDict())
+    other, third = program.copy(), program.copy()
+    other.set_tensor("first.weight.scale", program.tensor("first.weight.scale").detach() * 2)
+    assert planned(program, calls) and planned(other, calls) and planned(program, calls)
+    assert len(drafts) == 1
+    third.set_tensor("shift", torch.randn(1, 8))  # of another shape
+    assert planned(third, calls) and len(drafts) == 2
 
 
 def test_not_in_train_mode(program: Program, calls: list[int]) -> None:

@@ -2,14 +2,15 @@
 
 import inspect
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
 import transformers
 from transformers import DynamicCache
 
-from prequant import lower
-from prequant.generation import GenerationError, with_cache
+from prequant import generation, lower
+from prequant.generation import GenerationError, Graphs, with_cache
 from prequant.generation.skeleton import model_class
 from prequant.model import MODEL_CLASS, ModelProgram
 from prequant.passes import (
@@ -153,6 +154,31 @@ def test_graphs_are_made_once_and_again_when_the_program_changed() -> None:
     assert second is not first
     assert torch.equal(tokens(program), tokens(program.copy()))
     assert with_cache(program) is second
+
+
+@pytest.mark.parametrize("name", ["gpt2-causal-lm", "t5-seq2seq-lm"])
+def test_programs_of_one_graph_have_one_trace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = lower(quantized(name))
+    other: Any = first.copy()
+    for key, value in list(other.named_parameters()):
+        if key.endswith(".scale"):
+            other.set_tensor(key, value.detach() * (0.8 + 0.4 * torch.rand_like(value)), trainable=False)
+    again: Any = other.copy()
+    monkeypatch.setattr(generation, "_ALIKE", WeakValueDictionary())
+    with_cache(first)  # type: ignore[arg-type]
+    made = generation.make_graphs
+
+    def fails(program: ModelProgram) -> Graphs:
+        raise AssertionError("traced anew")
+
+    monkeypatch.setattr(generation, "make_graphs", fails)
+    graphs, found = with_cache(other).graphs, tokens(other)
+    for graph in filter(None, (graphs.prefill, graphs.decode, graphs.encoder)):
+        read = {str(node.target) for node in graph.graph.find_nodes(op="get_attr")}
+        assert all(graph.tensor(each) is other.tensor(each) for each in read)
+    monkeypatch.setattr(generation, "make_graphs", made)
+    monkeypatch.setattr(generation, "_ALIKE", WeakValueDictionary())
+    assert torch.equal(found, tokens(again)) and not torch.equal(found, tokens(first))
 
 
 def test_training_in_place_shows_at_once() -> None:

@@ -1,0 +1,46 @@
+"""Which base an adapter was made on: a hash over everything that the base computes with."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from prequant.passes import Program, weights
+from prequant.runtime.memory import MappedFiles
+
+_KNOWN: WeakKeyDictionary[Program, tuple[Any, str]] = WeakKeyDictionary()
+
+
+def fingerprint(program: Program) -> str:
+    """SHA-256, in hexadecimal, over the names, types, shapes and bytes of every tensor that a Program reads, and the
+    formats of its weights.
+
+    A Program that was saved and loaded again, lowered or fused, has the same. It is computed once for as long as the
+    tensors stay as they are; those that lie in a file are read there, and given back.
+    """
+    tensors = {name: program.tensor(name) for name in _names(program)}
+    state = tuple((name, id(tensor), tensor._version) for name, tensor in tensors.items())
+    known = _KNOWN.get(program)
+    if known is None or known[0] != state:
+        known = _KNOWN[program] = (state, _hash(program, tensors))
+    return known[1]
+
+
+def _names(program: Program) -> list[str]:
+    return sorted({str(node.target) for node in program.graph.find_nodes(op="get_attr")})
+
+
+def _hash(program: Program, tensors: dict[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    for view in sorted(weights(program), key=lambda view: view.name):
+        sha.update(f"{view.name}|{view.format}|{view.shape}|{view.outliers_replace}|{view.input_format}\n".encode())
+    for name, tensor in tensors.items():
+        sha.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}\n".encode())
+        bytes_ = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        sha.update(bytes_.numpy().data)
+    MappedFiles().give_back(tensors.values())
+    return sha.hexdigest()

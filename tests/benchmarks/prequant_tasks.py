@@ -1,0 +1,196 @@
+"""PreQuant on all-MiniLM-L6-v2 and four tasks, against fine-tuning in float32, quantizing what was fine-tuned, LoRA on
+the same quantized base, and PreQuant that trains other weights.
+
+PREQUANT_DATA names a folder with glue/{SST-2,CoLA,STS-B} and squad. Rows that are done are kept; --only and --task
+measure some, so that several processes can share the work, a row each with one thread (OMP_NUM_THREADS=1)::
+
+    python tests/benchmarks/prequant_tasks.py run --work DIR --steps 1000
+    python tests/benchmarks/prequant_tasks.py table --work DIR
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from results_file import data_folder, encoder_folder, write  # type: ignore[import-not-found]
+
+from prequant.checkpoint import save
+from prequant.compress import NONE, compress
+from prequant.finetune import finetune_baseline
+from prequant.measure import weight_bytes, write_json
+from prequant.recipes import PreQuant
+from prequant.sources import AUTO_CLASSES, canonical_program, head_of, load_for, load_tokenizer
+from prequant.tasks import Limits, task
+from prequant.training import TrainingSettings, finetune
+
+SEED, BATCH = 42, 32
+TASKS = {
+    "sst2": ("glue/SST-2", 128),
+    "cola": ("glue/CoLA", 128),
+    "stsb": ("glue/STS-B", 128),
+    "squad": ("train={}/squad/train_subset.parquet,validation={}/squad/validation.parquet", 256),
+}
+"""Where the data of each task are, and how many tokens are read."""
+OUTLIERS = 0.0125
+LORA_RANK = 12
+"""On the projections of all attention layers: about as many numbers as PreQuant trains of this model."""
+
+app = typer.Typer(add_completion=False)
+Work = Annotated[Path, typer.Option(help="Where models and the figures of each row are kept.")]
+Steps = Annotated[int, typer.Option(help=f"Of every row that trains, of {BATCH} examples each.", min=1)]
+
+
+def data_of(name: str) -> str:
+    """What ``--data`` would say."""
+    place, _ = TASKS[name]
+    return place.replace("{}", str(data_folder())) if "=" in place else str(data_folder() / place)
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def fp32(name: str, work: Path, steps: int) -> dict[str, Any]:
+    """All weights fine-tuned in float32."""
+    folder, of = work / f"{name}-fp32-model", task(name)
+    settings = TrainingSettings(batch_size=BATCH, max_steps=steps, seed=SEED, learning_rate=1e-4)
+    score = finetune_baseline(encoder_folder(), of, data_of(name), folder, settings, max_length=TASKS[name][1])
+    model, _ = load_for(folder, of, SEED)
+    return _row(score.scores, sum(p.numel() for p in model.parameters()), weight_bytes(folder), asdict(settings))
+
+
+def coded(bits: int, name: str, work: Path, steps: int) -> dict[str, Any]:
+    """What was fine-tuned in float32, quantized without data."""
+    out, recipe = work / f"{name}-ptq-{bits}-model", PreQuant(bits=bits, outlier_ratio=OUTLIERS, train=())
+    source = work / f"{name}-fp32-model"
+    report = compress(source, recipe, task(name), data_of(name), out, baseline=NONE, max_length=TASKS[name][1])
+    return _row(report.compressed.scores, 0, weight_bytes(out), None)
+
+
+def tuned(slug: str, options: dict[str, Any], name: str, work: Path, steps: int) -> dict[str, Any]:
+    """PreQuant; ``slug`` names the folder."""
+    recipe = PreQuant(outlier_ratio=OUTLIERS, **options)
+    recipe = replace(recipe, training=replace(recipe.training, batch_size=BATCH, max_steps=steps, seed=SEED))
+    out, adapter, length = work / f"{name}-{slug}-model", work / f"{name}-{slug}.safetensors", TASKS[name][1]
+    report = compress(
+        encoder_folder(), recipe, task(name), data_of(name), out, baseline=NONE, adapter=adapter, max_length=length
+    )
+    row = _row(report.compressed.scores, report.compressed.trainable, weight_bytes(out), asdict(recipe.training))
+    return {**row, "own": adapter.stat().st_size}
+
+
+def lora(bits: int, name: str, work: Path, steps: int) -> dict[str, Any]:
+    """LoRA by the library peft on the model that PreQuant starts from."""
+    from peft import LoraConfig, get_peft_model
+
+    of, tokenizer, length = task(name), load_tokenizer(encoder_folder()), TASKS[name][1]
+    model, _ = load_for(encoder_folder(), of, SEED, tokenizer)
+    head = head_of(model, of)
+    original = canonical_program(model, tokenizer)
+    recipe = PreQuant(bits=bits, outlier_ratio=OUTLIERS, train=())
+    folder = save(recipe.finish()(recipe.prepare(original, head)(original)), work / f"{name}-base-{bits}", tokenizer)
+    base = AUTO_CLASSES[of.kind].from_pretrained(folder)
+    modules = sorted({key.partition(".")[0] for key in head})
+    settings = TrainingSettings(batch_size=BATCH, max_steps=steps, seed=SEED, learning_rate=2e-3, weight_decay=0.0)
+    torch.manual_seed(SEED)
+    targets = ["query", "key", "value", "attention.output.dense"]
+    own: Any = get_peft_model(
+        base, LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=targets, modules_to_save=modules)
+    )
+    trained = sum(p.numel() for p in own.parameters() if p.requires_grad)
+    rows = of.load(data_of(name))
+    train = of.encode(rows["train"], tokenizer, length)
+    heads = [key for key, p in own.named_parameters() if p.requires_grad and "lora_" not in key]
+    finetune(own, train, of.collator(tokenizer), replace(settings, dropout=False), heads)
+    own.save_pretrained(work / f"{name}-lora-{bits}")
+    score = of.evaluate(own, rows["validation"], tokenizer, Limits(length))
+    size = weight_bytes(work / f"{name}-lora-{bits}")
+    return {**_row(score.scores, trained, weight_bytes(folder), asdict(settings)), "own": size}
+
+
+def _row(scores: Any, trained: int, size: int, settings: Any) -> dict[str, Any]:
+    return {"scores": dict(scores), "trained": trained, "bytes": size, "settings": settings}
+
+
+ROWS: dict[str, Callable[[str, Path, int], dict[str, Any]]] = {
+    "all weights, fp32": fp32,
+    **{f"fine-tuned, then {bits} bits": partial(coded, bits) for bits in (4, 3)},
+    **{f"LoRA, rank {LORA_RANK}, on {bits} bits": partial(lora, bits) for bits in (4, 3)},
+    **{f"PreQuant, {bits} bits": partial(tuned, f"prequant-{bits}", {"bits": bits}) for bits in (4, 3)},
+    "random weights in the place of outliers, 4 bits": partial(tuned, "random", {"outlier_choice": "random"}),
+    "outliers alone, 4 bits": partial(tuned, "outliers", {"train": ("outliers", "head")}),
+    "biases alone, 4 bits": partial(tuned, "biases", {"train": ("biases", "head")}),
+    "layer norms alone, 4 bits": partial(tuned, "norms", {"train": ("layer-norms", "head")}),
+}
+
+
+def _file(work: Path, row: str, name: str) -> Path:
+    return work / f"{name}-{row.replace(' ', '-').replace(',', '')}.json"
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    work: Work,
+    steps: Steps = 1000,
+    only: Annotated[list[str], typer.Option(help="A row; repeat for several.")] = list(ROWS),  # noqa: B006
+    of: Annotated[list[str], typer.Option("--task", help="A task; repeat for several.")] = list(TASKS),  # noqa: B006
+) -> None:
+    """Measure rows; those whose figures are in the work folder already are kept. Fine-tuning comes first."""
+    work.mkdir(parents=True, exist_ok=True)
+    if unknown := [name for name in only if name not in ROWS] + [name for name in of if name not in TASKS]:
+        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join((*ROWS, *TASKS))}")
+    for name in of:
+        for row in only:
+            if not _file(work, row, name).is_file():
+                print(f"---- {name}: {row}", flush=True)
+                found = ROWS[row](name, work, steps)
+                write_json(_file(work, row, name), {**found, "steps": steps, "threads": torch.get_num_threads()})
+
+
+@app.command()
+def table(work: Work) -> None:
+    """Write the results file from the rows that have been measured."""
+    done: dict[str, dict[str, Any]] = {}
+    for row in ROWS:
+        for name in TASKS:
+            if (path := _file(work, row, name)).is_file():
+                done.setdefault(row, {})[name] = json.loads(path.read_text())
+    steps = {found["steps"] for row in done.values() for found in row.values()}
+    if len(steps) > 1:
+        raise typer.BadParameter(f"the rows in {work} were trained for different numbers of steps: {sorted(steps)}")
+    rows = []
+    for row, found in done.items():
+        scores = {name: next(iter(found[name]["scores"].items())) for name in TASKS if name in found}
+        mean = sum(100 * score if name != "squad" else score for name, (_, score) in scores.items()) / len(TASKS)
+        some = next(iter(found.values()))
+        rows.append(
+            {
+                "": row,
+                **{
+                    name: " ".join((scores[name][0], f"{scores[name][1]:.4f}")) if name in scores else "–"
+                    for name in TASKS
+                },
+                "mean": f"{mean:.2f}" if len(scores) == len(TASKS) else "–",
+                "trained": f"{some['trained']:,}" if some["trained"] else "–",
+                "bytes on disk": f"{some['bytes']:,}",
+                "of the task": f"{some['own']:,}" if "own" in some else "–",
+            }
+        )
+    notes = f"""
+all-MiniLM-L6-v2 (22.7 M parameters); every row that trains: {steps.pop():,} steps of {BATCH} examples, seed {SEED}, the
+same order, one run each, last step, nothing chosen on the validation set. {100 * OUTLIERS:g} % of each matrix are
+outliers. `trained`, sizes: of the first task of the row.
+"""
+    command = ["python", "tests/benchmarks/prequant_tasks.py", "run", "--work", "DIR"]
+    print(write("prequant_tasks", "PreQuant on four tasks", command, notes, {"Scores": rows}).read_text())
+
+
+if __name__ == "__main__":
+    app()

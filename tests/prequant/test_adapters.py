@@ -1,0 +1,464 @@
+"""Adapters: files of what tasks have of their own, loaded on one base, chosen, mixed, and refused."""
+
+import copy
+import gc
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prequant.adapters import Adapter, AdapterError, adapter_of, fingerprint, read_adapter, variant, write_adapter
+from prequant.adapters.heads import with_head
+from prequant.adapters.listing import adapters_table
+from prequant.checkpoint import load, save
+from prequant.model import ModelProgram
+from prequant.model_class import find_model_class
+from prequant.passes import BinaryCode, Canonicalize, Pipeline, QuantizeWeights, SplitOutliers, lower, weights
+from prequant.runtime import PrequantError, native_linear
+
+from ..models import FAMILIES, traced
+
+FORMS: dict[str, Pipeline] = {
+    "outliers": Pipeline([Canonicalize(), SplitOutliers(ratio=0.05), QuantizeWeights(bits=4)]),
+    "binary": Pipeline([Canonicalize(), BinaryCode(bits=3, embeddings=False)]),
+}
+OWN = ("outliers.values", ".alphas", "ln_1.weight", "LayerNorm.weight")
+
+
+@cache
+def made(name: str, form: str) -> ModelProgram:
+    program = lower(FORMS[form](traced(name)))
+    assert isinstance(program, ModelProgram)
+    return program
+
+
+def base_of(name: str, form: str = "binary") -> ModelProgram:
+    """A packed Program with tensors of its own."""
+    return copy.deepcopy(made(name, form))
+
+
+def tuned(base: ModelProgram, seed: int) -> ModelProgram:
+    """The base after a task has trained it: first alphas, outliers and norms are others."""
+    copied, random = base.copy(), torch.Generator().manual_seed(seed)
+    for name, value in list(copied.named_parameters()):
+        if name.endswith(OWN):
+            new = value.detach().clone()
+            part = new[:1] if name.endswith(".alphas") else new
+            part.mul_((1 + 0.2 * torch.rand(part.shape, generator=random)).to(new.dtype))
+            copied.set_tensor(name, new, trainable=False)
+    return copied
+
+
+def headed(base: ModelProgram, path: str, classes: int, seed: int) -> ModelProgram:
+    """The base with another head."""
+    config = copy.deepcopy(base.config)
+    config.num_labels = classes
+    return with_head(base, find_model_class(path), config, seed).program
+
+
+def inputs(name: str, rows: int, length: int = 6) -> dict[str, Tensor]:
+    return FAMILIES[name]().make_inputs(rows, length, padded=True)
+
+
+def equal(a: Any, b: Any) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.to_tuple(), b.to_tuple(), strict=True))
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["bert-sequence-classification", "gpt2-causal-lm", "t5-seq2seq-lm"])
+def test_an_adapter_is_all_that_a_task_has_of_its_own(name: str, form: str, tmp_path: Path) -> None:
+    base = base_of(name, form)
+    task = tuned(base, 1)
+    path = write_adapter(tmp_path / "a" / "task.safetensors", adapter_of(base, task, {"task": "x"}))
+    read = read_adapter(path)
+    ending = ".first_alphas" if form == "binary" else ".outliers.values"
+    assert any(key.endswith(ending) for key in read.tensors)
+    assert all(key.endswith((*OWN, ".first_alphas")) for key in read.tensors)
+    assert read.about == {"task": "x"} and read.base == fingerprint(base)
+    loaded = variant(base, read)
+    batch = inputs(name, 3)
+    assert equal(loaded(**batch), task(**batch)) and not equal(loaded(**batch), base(**batch))
+    own = dict(loaded.named_buffers())
+    for key, tensor in base.named_buffers():
+        assert own[key] is tensor  # codes, positions
+    assert path.stat().st_size < 0.5 * sum(t.nbytes for t in (*base.parameters(), *base.buffers()))
+
+
+def test_a_fingerprint_is_of_what_is_computed_with(tmp_path: Path) -> None:
+    simulated = FORMS["outliers"](traced("bert-sequence-classification"))
+    base = lower(simulated)
+    save(base, tmp_path / "base")
+    loaded = load(tmp_path / "base")
+    assert fingerprint(base) == fingerprint(loaded) == fingerprint(base.copy()) == fingerprint(simulated)
+    before = fingerprint(base)
+    name = next(name for name, _ in base.named_parameters() if name.endswith(".scale"))
+    scale = base.tensor(name)
+    with torch.no_grad():
+        scale[0] *= 2
+    assert fingerprint(base) != before
+    with torch.no_grad():
+        scale[0] /= 2
+    assert fingerprint(base) == before
+
+
+def test_a_task_that_changed_more_than_an_adapter_holds_is_refused() -> None:
+    base = base_of("bert-sequence-classification", "outliers")
+    other = base.copy()
+    name = next(name for name, _ in base.named_buffers() if name.endswith(".codes"))
+    other.set_tensor(name, base.tensor(name) ^ 1)
+    with pytest.raises(AdapterError, match=f"{name} differs from the base, and holds no floats"):
+        adapter_of(base, other)
+    other = base.copy()
+    name = next(name for name, _ in base.named_parameters() if name.endswith("outliers.values"))
+    other.set_tensor(name, base.tensor(name).double())
+    with pytest.raises(AdapterError, match=f"{name} is torch.float64 .* an adapter keeps types and shapes"):
+        adapter_of(base, other)
+
+
+# ---- other heads -----------------------------------------------------------------------------------------------------
+
+
+GPT2 = "transformers.models.gpt2.modeling_gpt2"
+BERT = "transformers.models.bert.modeling_bert"
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "classes"),
+    [
+        ("gpt2-causal-lm", f"{GPT2}.GPT2ForSequenceClassification", 3),
+        ("gpt2-causal-lm", f"{GPT2}.GPT2ForTokenClassification", 5),
+        ("gpt2-sequence-classification", f"{GPT2}.GPT2LMHeadModel", 3),
+        ("gpt2-sequence-classification", f"{GPT2}.GPT2ForSequenceClassification", 7),
+        ("bert-sequence-classification", f"{BERT}.BertForQuestionAnswering", 2),
+        ("llama-causal-lm", "transformers.models.llama.modeling_llama.LlamaForSequenceClassification", 2),
+        ("opt-causal-lm", "transformers.models.opt.modeling_opt.OPTForSequenceClassification", 2),
+    ],
+)
+def test_a_head_of_another_class(name: str, path: str, classes: int, tmp_path: Path) -> None:
+    base = base_of(name)
+    task = tuned(headed(base, path, classes, seed=3), 1)
+    adapter = read_adapter(write_adapter(tmp_path / "task.safetensors", adapter_of(base, task)))
+    loaded = variant(base, adapter)
+    batch = inputs(name, 2)
+    assert equal(loaded(**batch), task(**batch))
+    assert type(loaded).__name__ == path.rpartition(".")[2] and loaded.config.num_labels == classes
+    # An independent truth: the float model of that class over the weights that the base stands for.
+    model: Any = find_model_class(path)._from_config(copy.deepcopy(loaded.config))
+    state = {view.name: view.value() for view in weights(loaded)}
+    for key, value in loaded.named_parameters():
+        if not key.endswith((".alphas", ".planes")):
+            state.setdefault(key, value)
+    conv1d = {f"{path}.weight" for path, module in model.named_modules() if type(module).__name__ == "Conv1D"}
+    state = {key: value.t() if key in conv1d else value for key, value in state.items()}
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    assert all("lm_head" in key for key in missing)  # tied
+    model.tie_weights()
+    expected = model.eval()(**batch)
+    torch.testing.assert_close(loaded(**batch)[0], expected[0], rtol=1e-3, atol=1e-4)
+
+
+def test_the_same_seed_draws_the_same_head() -> None:
+    base = base_of("gpt2-causal-lm")
+    path = f"{GPT2}.GPT2ForSequenceClassification"
+    first, again, other = (headed(base, path, 2, seed).tensor("score.weight") for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_class_of_another_model_is_no_head() -> None:
+    base = base_of("gpt2-causal-lm")
+    with pytest.raises(PrequantError, match=r"'os\.system' is not one of transformers, nor of an imported module"):
+        find_model_class("os.system")
+    with pytest.raises(PrequantError, match=r"'transformers\.nowhere\.X'"):
+        find_model_class("transformers.nowhere.X")
+    bert = FAMILIES["bert-masked-lm"]().model
+    with pytest.raises(AdapterError, match="a BertForMaskedLM has no weight in common with the base"):
+        with_head(base, type(bert), bert.config)
+
+
+# ---- choosing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base in a folder, with the files of two tasks of its own kind, and of two that tell classes."""
+    folder = tmp_path_factory.mktemp("tasks")
+    base = base_of("gpt2-causal-lm")
+    save(base, folder / "base")
+    classifier = headed(base, f"{GPT2}.GPT2ForSequenceClassification", 3, seed=5)
+    other = headed(base, f"{GPT2}.GPT2ForSequenceClassification", 5, seed=6)
+    for name, task in {"a": tuned(base, 1), "b": tuned(base, 2), "c": tuned(classifier, 3), "d": other}.items():
+        write_adapter(folder / f"{name}.safetensors", adapter_of(base, task, {"task": name}))
+    return folder
+
+
+def load_with(folder: Path, names: str) -> ModelProgram:
+    base: Any = load(folder / "base")
+    for name in names:
+        base.load_adapter(name, folder / f"{name}.safetensors")
+    assert isinstance(base, ModelProgram)
+    return base
+
+
+@pytest.fixture
+def loaded(folder: Path) -> ModelProgram:
+    """The base with the two tasks of its own kind."""
+    return load_with(folder, "ab")
+
+
+@pytest.fixture
+def with_all(folder: Path) -> ModelProgram:
+    """The base with all three."""
+    return load_with(folder, "abc")
+
+
+def test_a_program_becomes_the_one_of_the_adapter_in_use(folder: Path, tmp_path: Path) -> None:
+    loaded, batch = load_with(folder, "abc"), inputs("gpt2-causal-lm", 3)
+    base: Any = load(folder / "base")
+    expected: dict[str | None, Any] = {None: base(**batch)}
+    expected |= {task: variant(base, read_adapter(folder / f"{task}.safetensors"))(**batch) for task in "abc"}
+    assert (*loaded.adapters, loaded.active_adapter) == ("a", "b", "c", None)
+    for name in ("a", "c", None, "b", "c", "a"):
+        loaded.set_adapter(name)
+        assert loaded.active_adapter == name
+        assert equal(loaded(**batch), expected[name])
+        assert loaded.task == ("sequence-classification" if name == "c" else "causal-lm")
+        assert loaded.can_generate() is (name != "c")
+    assert type(loaded).__name__ == "GPT2LMHeadModel"
+    save(loaded, tmp_path / "merged")
+    assert equal(load(tmp_path / "merged")(**batch), expected["a"])
+
+
+def test_generating_with_each_adapter(loaded: ModelProgram) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    texts: dict[str | None, Tensor] = {}
+    for name in ("a", "b", None, "a"):
+        loaded.set_adapter(name)
+        got = loaded.generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=1)
+        logits = loaded(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        assert int(got[0, 3]) == int(logits[0, -1].argmax())
+        assert torch.equal(texts.setdefault(name, got), got)
+
+
+def test_choosing_packs_nothing_and_copies_no_codes(with_all: ModelProgram, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, batch = with_all, inputs("gpt2-causal-lm", 2)
+    for name in ("a", "b", "c", None):
+        loaded.set_adapter(name)
+        loaded(**batch)
+
+    def packs(*args: Any) -> Tensor:
+        raise AssertionError("something is packed anew")
+
+    for function in ("_pack_codes", "_pack_scales"):
+        monkeypatch.setattr(native_linear, function, packs)
+    for name in ("c", "a", None, "b"):
+        loaded.set_adapter(name)
+        loaded(**batch)
+    memories = [
+        {name: tensor.data_ptr() for name, tensor in program.named_buffers() if name.endswith(".planes")}
+        for program in loaded._adapters.programs.values()  # type: ignore[union-attr]
+    ]
+    assert memories[0] and all(memory == memories[0] for memory in memories)
+
+
+def test_an_adapter_is_unloaded_with_its_memory(loaded: ModelProgram) -> None:
+    batch = inputs("gpt2-causal-lm", 2)
+    for name in ("a", "b", None):
+        loaded.set_adapter(name)
+        loaded(**batch)
+    codes = next(tensor for name, tensor in loaded.named_buffers() if name.endswith(".planes"))
+    before = len(native_linear._packed[codes].weights)
+    loaded.delete_adapter("a")
+    gc.collect()
+    assert loaded.adapters == ("b",) and len(native_linear._packed[codes].weights) == before - 1
+    loaded.set_adapter("b")
+    with pytest.raises(AdapterError, match="'b' is in use"):
+        loaded.delete_adapter("b")
+    with pytest.raises(AdapterError, match="no adapter 'a' is loaded; there are b"):
+        loaded.set_adapter("a")
+
+
+def test_a_program_without_adapters_says_so() -> None:
+    base = base_of("gpt2-causal-lm")
+    base.set_adapter(None)
+    for call in (lambda: base.set_adapter("x"), lambda: base.delete_adapter("x")):
+        with pytest.raises(PrequantError, match="no adapter 'x' is loaded; there are none"):
+            call()
+    with pytest.raises(PrequantError, match="none is loaded"):
+        base(**inputs("gpt2-causal-lm", 2), adapters=["x", "x"])
+
+
+def test_copies_have_no_adapters_and_moving_comes_first(loaded: ModelProgram) -> None:
+    loaded.set_adapter("a")
+    batch = inputs("gpt2-causal-lm", 2)
+    for copied in (loaded.copy(), copy.deepcopy(loaded)):
+        assert copied.adapters == () and equal(copied(**batch), loaded(**batch))
+    with pytest.raises(PrequantError, match="move it before"):
+        loaded.to("cpu")
+
+
+# ---- rows of several tasks -------------------------------------------------------------------------------------------
+
+
+def test_rows_of_several_tasks_in_one_call(loaded: ModelProgram) -> None:
+    batch = inputs("gpt2-causal-lm", 6)
+    names = ["a", None, "b", "a", "b", "b"]
+    together = loaded(**batch, adapters=names)
+    for name in dict.fromkeys(names):
+        rows = [i for i, each in enumerate(names) if each == name]
+        loaded.set_adapter(name)
+        alone = loaded(**{key: value[rows] for key, value in batch.items()})
+        assert type(together) is type(alone) and torch.equal(together.logits[rows], alone.logits)
+    again = loaded(*batch.values(), adapters=names)  # another one is in use, and inputs come by position
+    assert torch.equal(again.logits, together.logits)
+
+
+def test_rows_of_tasks_with_other_classes(folder: Path) -> None:
+    loaded, batch = load_with(folder, "cd"), inputs("gpt2-causal-lm", 4)
+    results = loaded(**batch, adapters=["c", "d", "c", "d"])
+    assert [result.logits.shape for result in results] == [(1, 3), (1, 5), (1, 3), (1, 5)]
+    loaded.set_adapter("d")
+    alone = loaded(**{key: value[1::2] for key, value in batch.items()})
+    assert torch.equal(torch.cat([results[1].logits, results[3].logits]), alone.logits)
+
+
+def test_rows_of_tasks_with_different_heads(with_all: ModelProgram) -> None:
+    loaded, batch = with_all, inputs("gpt2-causal-lm", 5)
+    names = ["c", "a", "c", "b", "c"]
+    results = loaded(**batch, adapters=names)
+    assert isinstance(results, tuple) and len(results) == 5
+    for name in "abc":
+        rows = [i for i, each in enumerate(names) if each == name]
+        loaded.set_adapter(name)
+        alone = loaded(**{key: value[rows] for key, value in batch.items()})
+        for i, row in enumerate(rows):
+            assert type(results[row]) is type(alone)
+            assert torch.equal(results[row].logits, alone.logits[i : i + 1])
+
+
+def test_rows_of_one_task_need_no_other_graph(loaded: ModelProgram) -> None:
+    batch = inputs("gpt2-causal-lm", 2)
+    result = loaded(**batch, adapters=["b", "b"])
+    loaded.set_adapter("b")
+    assert equal(result, loaded(**batch))
+
+
+def test_names_that_do_not_fit_the_rows(loaded: ModelProgram) -> None:
+    batch = inputs("gpt2-causal-lm", 3)
+    with pytest.raises(AdapterError, match=r"named for 2 rows; input_ids is \[3, 6\]"):
+        loaded(**batch, adapters=["a", "b"])
+    with pytest.raises(AdapterError, match="no adapter 'z' is loaded; there are a, b"):
+        loaded(**batch, adapters=["a", "b", "z"])
+    with pytest.raises(TypeError, match=r"unexpected input 'labels'; .* and no labels"):
+        loaded(**batch, adapters=["a", "b", "a"], labels=batch["input_ids"])
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+    base, other = base_of("gpt2-causal-lm"), base_of("gpt2-causal-lm", "outliers")
+    path = write_adapter(tmp_path / "task.safetensors", adapter_of(base, tuned(base, 1)))
+    with pytest.raises(
+        AdapterError, match=rf"{path} was made on the base [0-9a-f]{{12}}, and this one is [0-9a-f]{{12}};"
+    ):
+        other.load_adapter("x", path)
+    assert other.adapters == ()
+
+
+def changed(path: Path, tensors: dict[str, Tensor] | None = None, **content: Any) -> Path:
+    """An adapter file with other tensors, or something else in its metadata."""
+    with safe_open(path, framework="pt") as file:
+        meta, held = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    said = {**json.loads(meta["prequant_adapter"]), **content}
+    save_file({**held, **(tensors or {})}, path, metadata={**meta, "prequant_adapter": json.dumps(said)})
+    return path
+
+
+HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
+    "version": ({"version": 2}, "version 2; this prequant reads version 1"),
+    "key": ({"more": 1}, "unknown key 'more'"),
+    "base": ({"base": "../x"}, "base is '../x', no SHA-256"),
+    "model": ({"model": []}, "model is \\[\\] where dict belongs"),
+    "class": ({"model": {"model_class": "os.system"}}, "is missing"),
+    "config": ({"config": {"model_type": "no such"}}, "model_type 'no such' is unknown"),
+    "nan": ({"tensors": {"transformer.ln_f.weight": torch.full((32,), float("nan"))}}, "holds nan"),
+    "integers": ({"tensors": {"transformer.ln_f.weight": torch.ones(32, dtype=torch.int32)}}, "of type int32"),
+    "shape": ({"tensors": {"transformer.ln_f.weight": torch.ones(31)}}, "shape"),
+    "type": ({"tensors": {"transformer.ln_f.weight": torch.ones(32).double()}}, "the base takes torch.float32"),
+    "unknown": ({"tensors": {"no.such": torch.ones(3)}}, "no.such is no tensor of the base"),
+    "codes": ({"tensors": {"transformer.h.0.attn.c_attn.weight.planes": torch.ones(3)}}, "planes"),
+    "name": ({"tensors": {"a b": torch.ones(3)}}, "'a b' is no name of a tensor"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_mixed_up_file_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    base = base_of("gpt2-causal-lm")
+    path = write_adapter(tmp_path / "task.safetensors", adapter_of(base, tuned(base, 1)))
+    content, message = HOSTILE[case]
+    changed(path, **content)
+    with pytest.raises(AdapterError, match=message) as caught:
+        base.load_adapter("x", path)
+    assert str(path) in str(caught.value) and base.adapters == ()
+
+
+def test_files_that_are_no_adapters(tmp_path: Path) -> None:
+    base = base_of("gpt2-causal-lm")
+    plain = tmp_path / "plain.safetensors"
+    save_file({"a": torch.ones(2)}, plain)
+    with pytest.raises(AdapterError, match="is a safetensors file, but no adapter"):
+        base.load_adapter("x", plain)
+    (tmp_path / "text").write_text("hello")
+    for missing in ("text", "nowhere"):
+        with pytest.raises(AdapterError, match=f"{missing}: can't be read as an adapter"):
+            base.load_adapter("x", tmp_path / missing)
+    with pytest.raises(AdapterError, match="is a folder; an adapter is a file"):
+        write_adapter(tmp_path, adapter_of(base, tuned(base, 1)))
+
+
+def test_a_head_without_its_parts_is_refused(tmp_path: Path) -> None:
+    base = base_of("gpt2-causal-lm")
+    task = headed(base, f"{GPT2}.GPT2ForSequenceClassification", 3, seed=5)
+    whole = adapter_of(base, task)
+    less = Adapter(whole.base, {}, whole.model, whole.config)
+    with pytest.raises(AdapterError, match=r"lacks score\.weight, a part of its head"):
+        base.load_adapter("x", write_adapter(tmp_path / "x.safetensors", less))
+
+
+def test_the_table_of_files(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    base = base_of("gpt2-causal-lm")
+    save(base, tmp_path / "base")
+    about = {"task": "[red]x[/red]", "scores": {"BLEU": 12.5}}
+    path = write_adapter(tmp_path / "task.safetensors", adapter_of(base, tuned(base, 1), about))
+    other = changed(write_adapter(tmp_path / "other.safetensors", adapter_of(base, tuned(base, 2))), base="0" * 64)
+    console = Console(width=300, record=True)
+    console.print(adapters_table(base, tmp_path / "base", [path, other]))
+    text = console.export_text()
+    assert "[red]x[/red]" in text and "BLEU 12.5000" in text and "8 first alphas" in text
+    assert "this base" in text and "another: 000000000000" in text
+    assert fingerprint(base)[:12] in text
+
+
+def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of("gpt2-causal-lm")
+    path = write_adapter(tmp_path / "task.safetensors", adapter_of(base, tuned(base, 1)))
+    before = path.read_bytes()
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("prequant.adapters.file.save_file", fails)
+    with pytest.raises(OSError, match="disk full"):
+        write_adapter(path, adapter_of(base, tuned(base, 2)))
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["task.safetensors"]
