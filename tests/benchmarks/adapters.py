@@ -14,7 +14,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import torch
 import typer
 from processes import apart  # type: ignore[import-not-found]
@@ -31,7 +30,7 @@ from transformers import (
 
 import prequant
 from prequant.adapters import adapter_of, write_adapter
-from prequant.measure import median_seconds, weight_bytes
+from prequant.measure import PeakMemory, median_seconds, weight_bytes
 from prequant.recipes import AlphaTuning, PreQuant, Recipe
 from prequant.sources import canonical_program, head_parameters
 
@@ -133,16 +132,14 @@ def batch(rows: int, model: Any) -> dict[str, Tensor]:
 
 
 def resident() -> int:
-    """Bytes of this process."""
-    return int(psutil.Process().memory_info().rss)
+    """Bytes of this process, without those that it has freed."""
+    with PeakMemory() as memory:
+        return memory.before
 
 
 @torch.inference_mode()
 def memory(folder: Path) -> dict[str, str]:
     """MiB that the process grows by."""
-    warm: Any = prequant.load(folder / "task-0")  # imports, and what is allotted once
-    warm(**batch(1, warm))
-    del warm
     start = resident()
     base: Any = prequant.load(folder / "base")
     base(**batch(1, base))

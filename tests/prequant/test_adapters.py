@@ -93,6 +93,16 @@ def test_an_adapter_is_all_that_a_task_has_of_its_own(name: str, form: str, tmp_
     assert path.stat().st_size < 0.5 * sum(t.nbytes for t in (*base.parameters(), *base.buffers()))
 
 
+@torch.inference_mode()
+def test_all_of_it_in_inference_mode(folder: Path) -> None:
+    loaded, batch = load_with(folder, "ab"), inputs("gpt2-causal-lm", 2)
+    loaded.set_adapter("a")
+    alone = loaded(**batch)
+    mixed = loaded(**batch, adapters=["a", "b"])
+    assert torch.allclose(mixed.logits[0], alone.logits[0], atol=1e-4)
+    assert not torch.allclose(mixed.logits[1], alone.logits[1], atol=1e-2)
+
+
 def test_a_fingerprint_is_of_what_is_computed_with(tmp_path: Path) -> None:
     simulated = FORMS["outliers"](traced("bert-sequence-classification"))
     base = lower(simulated)
