@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, set_seed
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from prequant.model import GENERATION_CONFIG, ModelProgram
@@ -89,8 +89,9 @@ def _initialize(model: Any, fresh: Iterable[str], seed: int) -> None:
     for path, module in model.named_modules():
         own = {f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)}
         module._is_hf_initialized = own.isdisjoint(new)
-    set_seed(seed)
-    model.initialize_weights()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.initialize_weights()
 
 
 def _examples(base: ModelProgram) -> dict[str, Tensor]:

@@ -50,10 +50,10 @@ class Adapters:
         """Load a file, or an adapter in memory. Raises :class:`AdapterError`; nothing has changed then."""
         if not name:
             raise AdapterError("an adapter needs a name")
-        adapter = source if isinstance(source, Adapter) else read_adapter(source)
-        made = variant(self.programs[None], adapter, f"adapter {name!r}" if adapter is source else str(source))
         if name == self.active:
             raise AdapterError(f"the adapter {name!r} is in use: choose another, or None, before loading it anew")
+        adapter = source if isinstance(source, Adapter) else read_adapter(source)
+        made = variant(self.programs[None], adapter, f"adapter {name!r}" if adapter is source else str(source))
         made.__dict__[LOADED] = self
         self._forget(name)
         self.programs[name] = made

@@ -179,7 +179,9 @@ def test_a_head_of_another_class(name: str, path: str, classes: int, tmp_path: P
 def test_the_same_seed_draws_the_same_head() -> None:
     base = base_of("gpt2-causal-lm")
     path = f"{GPT2}.GPT2ForSequenceClassification"
+    state = torch.get_rng_state()
     first, again, other = (headed(base, path, 2, seed).tensor("score.weight") for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -279,7 +281,7 @@ def test_choosing_packs_nothing_and_copies_no_codes(with_all: ModelProgram, monk
     assert memories[0] and all(memory == memories[0] for memory in memories)
 
 
-def test_an_adapter_is_unloaded_with_its_memory(loaded: ModelProgram) -> None:
+def test_an_adapter_is_unloaded_with_its_memory(loaded: ModelProgram, folder: Path) -> None:
     batch = inputs("gpt2-causal-lm", 2)
     for name in ("a", "b", None):
         loaded.set_adapter(name)
@@ -292,6 +294,8 @@ def test_an_adapter_is_unloaded_with_its_memory(loaded: ModelProgram) -> None:
     loaded.set_adapter("b")
     with pytest.raises(AdapterError, match="'b' is in use"):
         loaded.delete_adapter("b")
+    with pytest.raises(AdapterError, match="'b' is in use"):
+        loaded.load_adapter("b", folder / "a.safetensors")
     with pytest.raises(AdapterError, match="no adapter 'a' is loaded; there are b"):
         loaded.set_adapter("a")
 
