@@ -95,7 +95,8 @@ def lora(bits: int, name: str, work: Path, steps: int) -> dict[str, Any]:
     folder = save(recipe.finish()(recipe.prepare(original, head)(original)), work / f"{name}-base-{bits}", tokenizer)
     base = AUTO_CLASSES[of.kind].from_pretrained(folder)
     modules = sorted({key.partition(".")[0] for key in head})
-    settings = TrainingSettings(batch_size=BATCH, max_steps=steps, seed=SEED, learning_rate=2e-3, weight_decay=0.0)
+    budget = TrainingSettings(batch_size=BATCH, max_steps=steps, seed=SEED, dropout=False)
+    settings = replace(budget, learning_rate=2e-3, weight_decay=0.0)
     torch.manual_seed(SEED)
     targets = ["query", "key", "value", "attention.output.dense"]
     own: Any = get_peft_model(
@@ -105,7 +106,7 @@ def lora(bits: int, name: str, work: Path, steps: int) -> dict[str, Any]:
     rows = of.load(data_of(name))
     train = of.encode(rows["train"], tokenizer, length)
     heads = [key for key, p in own.named_parameters() if p.requires_grad and "lora_" not in key]
-    finetune(own, train, of.collator(tokenizer), replace(settings, dropout=False), heads)
+    finetune(own, train, of.collator(tokenizer), settings, heads)
     own.save_pretrained(work / f"{name}-lora-{bits}")
     score = of.evaluate(own, rows["validation"], tokenizer, Limits(length))
     size = weight_bytes(work / f"{name}-lora-{bits}")
