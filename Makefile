@@ -15,9 +15,9 @@ INSTALL_INPUTS := pyproject.toml constraints.txt runtime/CMakeLists.txt $(wildca
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(if $(DATA),--data "$(DATA)")
 
-# make test [ARGS="-m 'not slow'"]: every test
+# make test [ARGS="-m 'not slow'"]: every test. Those of a file run in one process, as they share the models they trace.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile $(ARGS)
 
 # make lint: style, formatting, types
 lint: $(VENV)/.test layout

@@ -26,6 +26,7 @@ POOL = 16 * LARGE_PAGE
 _PAGE_OUT = 21  # MADV_PAGEOUT
 
 
+@torch.inference_mode(False)  # it may be kept, and used outside the mode that it is first asked for in
 def aligned_bytes(count: int) -> Tensor:
     """``count`` uninitialised bytes that begin at a multiple of :data:`ALIGNMENT`; large memory in large pages, where
     the system has them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,6 +74,7 @@ def _untouched(base: ModelProgram, kind: type[PreTrainedModel], config: Pretrain
 
     Attention is computed as in the base's graph.
     """
+    config = copy.deepcopy(config)  # transformers writes the dtype and the attention into the one that it is given
     attention = torch.ops.aten.scaled_dot_product_attention.default
     fused = any(base.graph.find_nodes(op="call_function", target=attention))
     with no_init_weights():

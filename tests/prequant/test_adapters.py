@@ -192,8 +192,10 @@ def test_a_class_of_another_model_is_no_head() -> None:
     with pytest.raises(PrequantError, match=r"'transformers\.nowhere\.X'"):
         find_model_class("transformers.nowhere.X")
     bert = FAMILIES["bert-masked-lm"]().model
+    before = bert.config.to_dict()
     with pytest.raises(AdapterError, match="a BertForMaskedLM has no weight in common with the base"):
         with_head(base, type(bert), bert.config)
+    assert bert.config.to_dict() == before
 
 
 # ---- choosing --------------------------------------------------------------------------------------------------------

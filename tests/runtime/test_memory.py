@@ -25,6 +25,14 @@ def test_bytes_are_aligned_and_the_callers(count: int) -> None:
     assert int(memory.sum(dtype=torch.int64)) == 7 * count
 
 
+def test_bytes_asked_for_in_inference_mode_may_be_written_to_outside() -> None:
+    with torch.inference_mode():
+        parts = aligned_bytes(100), Pool().take(100)
+    for part in parts:
+        part.fill_(3)
+        assert bool((part == 3).all())
+
+
 def test_parts_of_a_pool_stay_apart_and_outlive_it() -> None:
     pool = Pool()
     counts = [1, 64, 65, 1 << 20, POOL // 2, POOL // 2 - 1, POOL // 2 + 1, 100]
