@@ -39,9 +39,11 @@ def continue_text(
 ) -> str:
     """The prompt (of a decoder) and its continuation; written to the standard output as it comes if ``stream``.
 
-    ``settings``: for transformers' ``generate``. Raises :class:`SourceError` for a prompt without tokens, and one that
-    is too long for the model's positions.
+    ``settings``: for transformers' ``generate``. Raises :class:`SourceError` for a prompt without tokens, one that is
+    too long for the model's positions, and a quantized cache for a model that is no Program.
     """
+    if settings.get("cache_implementation") == "quantized" and not isinstance(model, ModelProgram):
+        raise SourceError("a quantized cache is for models that prequant has compressed")
     inputs = dict(tokenizer(prompt, return_tensors="pt"))
     inputs = {name: value.to(model.device) for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
     length = int(inputs["input_ids"].shape[1])

@@ -29,6 +29,19 @@ def weight_format(text: str, columns: int, codes: Tensor, scale: Tensor, zero_po
     return _weight_format(text, columns, codes.shape, codes.dtype, scale.shape, scale.dtype, zero_shape)
 
 
+def as_rows(format: WeightFormat, codes: Tensor, *scales: Tensor | None) -> list[Tensor | None]:
+    """Codes ``[..., rows, row_bytes]`` of an activation, and what goes with them, as those of a matrix."""
+    flat: list[Tensor | None] = [codes.flatten(0, -2)]
+    for scale in scales:
+        if scale is None or format.granularity is Granularity.TENSOR:
+            flat.append(scale)
+            continue
+        if scale.shape[:-1] != codes.shape[:-1]:
+            raise FormatError(f"{format}: codes {list(codes.shape)} have other rows than scales {list(scale.shape)}")
+        flat.append(scale.flatten(0, -2))
+    return flat
+
+
 @lru_cache(maxsize=4096)
 def _weight_format(
     text: str,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .errors import PrequantError
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 """The version of the C interface that this module calls; `native/prequant_native.h` holds the library's own."""
 
 LIBRARY_NAME = "libprequant_native.dll" if sys.platform == "win32" else "libprequant_native.so"

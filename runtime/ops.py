@@ -74,6 +74,9 @@ def _dequantize(
     columns: int,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
+    if codes.dim() > 2 and (parsed := _parse(format)).scheme is not Scheme.BCQ:
+        rows: Any = checks.as_rows(parsed, codes, scale, zero_point)
+        return _dequantize(*rows, format=format, columns=columns, dtype=dtype).unflatten(0, codes.shape[:-1])
     parsed = checks.weight_format(format, columns, codes, scale, zero_point)
     return call("dequantize", _reference_dequantize, parsed, codes, scale, zero_point, columns, dtype or scale.dtype)
 

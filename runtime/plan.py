@@ -23,11 +23,11 @@ from . import memory, native, reference
 from .arena import placed
 from .errors import PrequantError
 
-AXES, OPERANDS, SIZES, MOST_LINEARS = 4, 6, 7, 4
+AXES, OPERANDS, SIZES, MOST_LINEARS = 4, 7, 7, 4
 """Of a step: axes of an operand, operands, sizes, and linears on one input. These, and the kinds, are
 ``prequant_plan.h``'s."""
 
-LINEAR, EMBEDDING, NORMALIZE, ELEMENTWISE, COPY, ATTENTION = range(6)
+LINEAR, EMBEDDING, NORMALIZE, ELEMENTWISE, COPY, ATTENTION, QUANTIZE, DEQUANTIZE = range(8)
 """Kinds of steps."""
 
 FUNCTIONS = {

@@ -189,6 +189,17 @@ def _conditions(
 # ---- the order of work -----------------------------------------------------------------------------------------------
 
 
+def needed(units: Sequence[Unit], outputs: Sequence[Any]) -> list[Unit]:
+    """Units without the steps whose results nothing reads, as attention that takes codes leaves some."""
+    read = {output.buffer for output in outputs if isinstance(output, Layout)}
+    kept = []
+    for unit in reversed(units):
+        if not isinstance(unit.work, Step) or not read.isdisjoint(unit.writes):
+            kept.append(unit)
+            read |= unit.reads
+    return kept[::-1]
+
+
 def ordered(units: Sequence[Unit]) -> list[Unit]:
     """Units in an order that keeps calls of PyTorch together, and steps: each kind goes on for as long as it can."""
     writers: dict[int, set[int]] = {}  # a concatenation has several
@@ -254,7 +265,7 @@ def _drafted(
     names: tuple[str, ...],
     holds: Callable[..., bool],
 ) -> Draft:
-    units = ordered(builder.units)
+    units = ordered(needed(builder.units, outputs))
     table = NumberTable()
     steps = [(unit.node.name, unit.work) for unit in units if isinstance(unit.work, Step)]
     template = np.zeros((len(steps), runtime_plan.STEP_WORDS), dtype=np.int64)

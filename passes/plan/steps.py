@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from prequant.runtime import native_layers, ops
+from prequant.runtime import WeightFormat, native_layers, ops
 from prequant.runtime import plan as runtime_plan
 
 from ..packed import operands_of, uses_in
@@ -16,6 +16,10 @@ from .builder import Builder, LayerRequest, Step, four_axes, sizes_of
 from .layout import Layout, equal, product
 
 aten = torch.ops.aten
+ATTENTION = aten.scaled_dot_product_attention.default
+AXES = runtime_plan.AXES
+CODES = str(WeightFormat.affine(8))
+"""The format of rows that the library computes on as codes."""
 
 Handler = Callable[[Builder, fx.Node, dict[str, Any]], "Layout | list[Layout] | str"]
 """The value of a node whose steps were added, or why none were."""
@@ -184,6 +188,52 @@ def _mapped(
     return out
 
 
+# ---- codes -----------------------------------------------------------------------------------------------------------
+
+
+def _dynamic_scale(builder: Builder, node: fx.Node, operands: dict[str, Any]) -> Layout | str:
+    """Scales, and with them the codes, which go by another node."""
+    input = builder.floats(operands["input"])
+    if input is None or len(input.sizes) > AXES or operands["format"] != CODES:
+        return NO_KERNEL
+    scales = builder.buffer(torch.float32, (*input.sizes[:-1], 1))
+    codes = builder.buffer(torch.uint8, input.sizes)
+    four, views = four_axes(input, codes, scales)
+    builder.step(Step(runtime_plan.QUANTIZE, tuple(views), four), [codes, scales])
+    for user in node.users:
+        if user.target is ops.quantize and user.args == (operands["input"], node, None) and user.kwargs == node.kwargs:
+            builder.values[user] = codes
+    return scales
+
+
+def _quantize(builder: Builder, node: fx.Node, operands: dict[str, Any]) -> Layout | str:
+    return builder.values.get(node, "its scale is not the dynamic one of its input")
+
+
+def _dequantize(builder: Builder, node: fx.Node, operands: dict[str, Any]) -> Layout | str:
+    parts = _codes(builder, node)
+    if parts is None:
+        return NO_KERNEL
+    codes, scales = parts
+    out = builder.buffer(torch.float32, codes.sizes)
+    four, views = four_axes(codes, scales, out)
+    builder.step(Step(runtime_plan.DEQUANTIZE, tuple(views), four), [out])
+    return out
+
+
+def _codes(builder: Builder, node: Any) -> tuple[Layout, Layout] | None:
+    """Codes and scales of a node that dequantizes 8-bit rows to float32."""
+    if not (isinstance(node, fx.Node) and node.target is ops.dequantize):
+        return None
+    operands = operands_of(node)
+    codes, scales = (builder.value(operands[name]) for name in ("codes", "scale"))
+    if operands["format"] != CODES or node.meta["val"].dtype is not torch.float32 or len(codes.sizes) > AXES:
+        return None
+    if scales.dtype is not torch.float32 or not equal(codes.strides[-1], 1):
+        return None
+    return codes, scales
+
+
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
@@ -193,8 +243,14 @@ def _attention(builder: Builder, node: fx.Node, operands: dict[str, Any]) -> Lay
         return NOT_FLOATS
     if operands.get("is_causal") or operands.get("dropout_p", 0.0):
         return "causal without a mask, or with dropout"
-    if not len(query.sizes) == len(key.sizes) == len(value.sizes) == 4:
+    if not len(query.sizes) == len(key.sizes) == len(value.sizes) == AXES:
         return "it does not have four axes"
+    scales: tuple[Layout, ...] = ()
+    of_keys, of_values = (_codes(builder, operands[name]) for name in ("key", "value"))
+    if of_keys is not None and of_values is not None and equal(query.sizes[2], 1):
+        # Codes of several queries are dequantized before, and not again for each.
+        (key, key_scale), (value, value_scale) = of_keys, of_values
+        scales = key_scale, value_scale
     query, key, value = (
         layout if equal(layout.strides[3], 1) else builder.copied(layout) for layout in (query, key, value)
     )
@@ -220,7 +276,9 @@ def _attention(builder: Builder, node: fx.Node, operands: dict[str, Any]) -> Lay
     rows = builder.buffer(torch.float32, (batch, queries, heads, value_depth))
     out = rows.permuted((0, 2, 1, 3))
     sizes = (batch, heads, queries, keys, depth, value_depth, key_heads)
-    builder.step(Step(runtime_plan.ATTENTION, (query, key, value, mask, out), sizes, kind, float(scale)), [out])
+    builder.step(
+        Step(runtime_plan.ATTENTION, (query, key, value, mask, out, *scales), sizes, kind, float(scale)), [out]
+    )
     return out
 
 
@@ -253,7 +311,10 @@ STEPS: dict[Any, Handler] = {
     aten.sigmoid.default: _unary("sigmoid"),
     aten.silu.default: _unary("silu"),
     aten.neg.default: _unary("negate"),
-    aten.scaled_dot_product_attention.default: _attention,
+    ops.dynamic_scale: _dynamic_scale,
+    ops.quantize: _quantize,
+    ops.dequantize: _dequantize,
+    ATTENTION: _attention,
     aten.cat.default: _cat,
 }
 

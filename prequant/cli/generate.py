@@ -30,6 +30,9 @@ def generate(
     ] = None,
     num_beams: Annotated[int, typer.Option(help="Search with so many beams; shown when it is done.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    quantized_cache: Annotated[
+        bool, typer.Option("--quantized-cache", help="Keep keys and values of the text so far as 8-bit codes.")
+    ] = False,
     adapter: options.AdapterFile = None,
 ) -> None:
     """Continue a text with a folder that prequant saved, or with an ordinary model, and show each word as it comes."""
@@ -40,6 +43,8 @@ def generate(
     loaded, tokenizer = load_generator(model, adapter)
     stream = num_beams == 1  # beams are known only when all of them are
     settings |= {"do_sample": sample, "num_beams": num_beams}
+    if quantized_cache:
+        settings["cache_implementation"] = "quantized"
     text = continue_text(loaded, tokenizer, prompt, max_new_tokens, seed, stream=stream, **settings)
     if not stream:
         show(text)

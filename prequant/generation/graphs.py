@@ -10,8 +10,10 @@ from torch import fx
 
 from prequant.model import ModelProgram
 from prequant.passes import Input, Program
+from prequant.passes.quantize_cache import quantize_cache
 from prequant.passes.specialize import specialize
 from prequant.passes.transplant import transplant
+from prequant.runtime import WeightFormat
 
 from .cached_trace import BATCH, HIDDEN, QUERY, SOURCE, CachedTrace, cache_names
 from .errors import GenerationError
@@ -49,6 +51,18 @@ def make_graphs(program: ModelProgram) -> Graphs:
     graphs = Graphs(prefill, decode, encoder)
     _check_reads(program, graphs)
     return graphs
+
+
+def with_quantized_cache(graphs: Graphs, bits: int) -> Graphs:
+    """The same graphs with a cache of integer codes, also of cross-attention; the encoder is shared."""
+    format = WeightFormat.affine(bits)
+    past, cross = (
+        tuple(item.name for item in graphs.decode.signature.inputs if item.name.startswith(f"{kind}_"))
+        for kind in ("past", "cross")
+    )
+    own = range(1, 1 + len(past))
+    prefill = quantize_cache(graphs.prefill, past, range(1, own.stop + len(cross)), format)
+    return Graphs(prefill, quantize_cache(graphs.decode, past + cross, own, format), graphs.encoder)
 
 
 def graphs_over(graphs: Graphs, program: ModelProgram) -> Graphs:

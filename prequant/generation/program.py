@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
 from prequant.model import ModelProgram
 from prequant.passes import Program
 from prequant.passes.lifted import lifted
 
+from .caches import QUANTIZED_BITS, QuantizedCache, held_by, is_quantized, store
 from .errors import GenerationError
-from .graphs import Graphs
+from .graphs import Graphs, with_quantized_cache
 
 MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 """What needs no more than the logits of the last position."""
 CACHE = "past_key_values"
+
+
+class _Steps:
+    """The graphs of a step, as functions of flat inputs, and the cache that they begin with."""
+
+    def __init__(self, graphs: Graphs) -> None:
+        self.graphs = graphs
+        self.prefill, self.decode = lifted(graphs.prefill), lifted(graphs.decode)
+        self._cached = [item for item in graphs.prefill.signature.inputs if item.name.startswith("past_")]
+
+    def no_past(self, batch: int, device: torch.device) -> list[Tensor]:
+        """What the cache holds before the first position."""
+        sizes = [(batch, int(item.shape[1]), 0, int(item.shape[3])) for item in self._cached]
+        return [
+            torch.empty(size, dtype=item.dtype, device=device) for size, item in zip(sizes, self._cached, strict=True)
+        ]
 
 
 class GenerativeProgram(GenerationMixin, ABC):
@@ -29,7 +46,8 @@ class GenerativeProgram(GenerationMixin, ABC):
 
     ``graphs.prefill`` takes any number of new positions, ``graphs.decode`` one. Both compute on the tensors of the
     Program that they were made from, in eval mode. The cache is a ``DynamicCache`` of plain layers, also for a model
-    with sliding windows, whose graph masks what is out of sight.
+    with sliding windows, whose graph masks what is out of sight; with ``cache_implementation="quantized"`` it holds
+    8-bit codes, and other graphs read and write those.
     """
 
     main_input_name = "input_ids"
@@ -40,11 +58,17 @@ class GenerativeProgram(GenerationMixin, ABC):
 
     def __init__(self, program: ModelProgram, graphs: Graphs) -> None:
         self.graphs = graphs
-        self.run_prefill, self.run_decode = lifted(graphs.prefill), lifted(graphs.decode)
+        self._steps = _Steps(graphs)
         self.config, self.generation_config = program.config, cast(GenerationConfig, program.generation_config)
         self.device, self.dtype = program.device, program.dtype
-        cached = [item for item in graphs.prefill.signature.inputs if item.name.startswith("past_")]
-        self._cache_inputs = [(int(item.shape[1]), int(item.shape[3]), item.dtype) for item in cached]
+
+    @cached_property
+    def _quantized_steps(self) -> _Steps:
+        return _Steps(with_quantized_cache(self.graphs, QUANTIZED_BITS))
+
+    def _steps_with(self, cache: Cache | None) -> _Steps:
+        """The graphs that fill such a cache."""
+        return self._quantized_steps if isinstance(cache, QuantizedCache) else self._steps
 
     # ---- what generate asks ------------------------------------------------------------------------------------------
 
@@ -64,17 +88,17 @@ class GenerativeProgram(GenerationMixin, ABC):
     def _prepare_cache_for_generation(  # type: ignore[override]  # what it returns is not used
         self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any
     ) -> None:
-        kind = generation_config.cache_implementation
-        if kind not in (None, "dynamic"):
-            raise GenerationError(f"cache_implementation={kind!r}: a Program generates with a dynamic cache only")
+        quantized = is_quantized(generation_config)
         given = model_kwargs.get(CACHE)
         if given is not None:
+            if quantized:
+                raise GenerationError(f"give {CACHE}, or cache_implementation='quantized', which makes one")
             given._is_user_defined = True
         elif generation_config.use_cache:
-            model_kwargs[CACHE] = self._new_cache()
+            model_kwargs[CACHE] = self._new_cache(quantized)
 
-    def _new_cache(self) -> Cache:
-        return DynamicCache()
+    def _new_cache(self, quantized: bool = False) -> Cache:
+        return QuantizedCache() if quantized else DynamicCache()
 
     # ---- running the graphs ------------------------------------------------------------------------------------------
 
@@ -86,13 +110,10 @@ class GenerativeProgram(GenerationMixin, ABC):
         """One step, called like the model."""
 
     def _past(self, cache: Cache | None, batch: int) -> list[Tensor]:
-        """Keys and values in the order of the graph's inputs. Raises :class:`GenerationError` for another cache."""
-        if cache is not None and (held := _tensors(cache)):
+        """What a cache holds, in the order of the graph's inputs. Raises :class:`GenerationError` for another cache."""
+        if cache is not None and (held := held_by(cache)):
             return held
-        return [
-            torch.empty((batch, heads, 0, size), dtype=dtype, device=self.device)
-            for heads, size, dtype in self._cache_inputs
-        ]
+        return self._steps_with(cache).no_past(batch, self.device)
 
     def _attention_mask(self, mask: Tensor | None, batch: int, total: int) -> Tensor:
         if mask is None:
@@ -155,11 +176,11 @@ class GenerativeDecoder(GenerativeProgram):
             if position_ids is None:
                 position_ids = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)[:, -length:]
             inputs.append(position_ids if position_ids.shape[0] == batch else position_ids.expand(batch, -1))
-        step = self.run_decode if length == 1 else self.run_prefill
-        logits, *present = step(*inputs, *past)
+        steps = self._steps_with(past_key_values)
+        logits, *present = (steps.decode if length == 1 else steps.prefill)(*inputs, *past)
         cache = self._new_cache() if past_key_values is None and use_cache else past_key_values
         if cache is not None:
-            _store(cache, present)
+            store(cache, present)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
 
@@ -175,8 +196,9 @@ class GenerativeSeq2Seq(GenerativeProgram):
         """The encoder, which ``generate`` calls once."""
         return self.encoder
 
-    def _new_cache(self) -> Cache:
-        return EncoderDecoderCache(DynamicCache(), DynamicCache())
+    def _new_cache(self, quantized: bool = False) -> Cache:
+        new = super()._new_cache
+        return EncoderDecoderCache(new(quantized), new(quantized))
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # names each input: generate refuses others
         self,
@@ -229,19 +251,20 @@ class GenerativeSeq2Seq(GenerativeProgram):
             encoder_outputs = self.encoder(cast(Tensor, input_ids), attention_mask)
         hidden = cast(Tensor, encoder_outputs[0])
         batch, length = decoder_input_ids.shape
-        past = self._past(None if cache is None else cache.self_attention_cache, batch)
+        own = None if cache is None else cache.self_attention_cache
+        past, steps = self._past(own, batch), self._steps_with(own)
         mask = self._attention_mask(decoder_attention_mask, batch, past[0].shape[2] + length)
         source_mask = self._attention_mask(attention_mask, batch, hidden.shape[1])
-        cross = [] if cache is None else _tensors(cache.cross_attention_cache)
+        cross = [] if cache is None else held_by(cache.cross_attention_cache)
         if length == 1 and cross:
-            logits, *present = self.run_decode(decoder_input_ids, mask, source_mask, *past, *cross)
+            logits, *present = steps.decode(decoder_input_ids, mask, source_mask, *past, *cross)
         else:
-            logits, *present = self.run_prefill(decoder_input_ids, mask, source_mask, hidden, *past)
+            logits, *present = steps.prefill(decoder_input_ids, mask, source_mask, hidden, *past)
         if cache is not None:
-            _store(cache.self_attention_cache, present[: len(past)])
+            store(cache.self_attention_cache, present[: len(past)])
             if not cross:
-                _store(cache.cross_attention_cache, present[len(past) :])
-                cache.is_updated = dict.fromkeys(range(len(past) // 2), True)
+                store(cache.cross_attention_cache, present[len(past) :])
+                cache.is_updated = dict.fromkeys(range(len(cache.cross_attention_cache.layers)), True)
         return Seq2SeqLMOutput(logits=logits, past_key_values=cache, encoder_last_hidden_state=hidden)
 
 
@@ -279,26 +302,3 @@ def _on(device: torch.device, inputs: dict[str, Tensor | None]) -> dict[str, Any
     return {
         name: value if value is None or value.device == device else value.to(device) for name, value in inputs.items()
     }
-
-
-def _tensors(cache: Cache) -> list[Tensor]:
-    """Keys and values of a cache, layer by layer; none of an empty one."""
-    tensors: list[Any] = []
-    for layer in cache.layers:
-        if type(layer) is not DynamicLayer:
-            kind = type(layer).__name__
-            raise GenerationError(f"a cache with a {kind}: give a DynamicCache() that is made without a configuration")
-        if layer.is_initialized:
-            tensors += (layer.keys, layer.values)
-    return tensors
-
-
-def _store(cache: Cache, held: Sequence[Tensor]) -> None:
-    """Let a cache hold these keys and values, layer by layer."""
-    while 2 * len(cache.layers) < len(held):
-        cache.layers.append(DynamicLayer())
-    for layer, keys, values in zip(cache.layers, held[::2], held[1::2], strict=True):
-        assert isinstance(layer, DynamicLayer)
-        if not layer.is_initialized:
-            layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
-        layer.keys, layer.values = keys, values

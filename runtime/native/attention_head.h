@@ -16,6 +16,12 @@ struct Head {
     const float *key(int64_t token) const { return at(a.key, number / a.heads_per_key, token); }
     const float *value(int64_t token) const { return at(a.value, number / a.heads_per_key, token); }
     float *out(int64_t token) const { return at(a.out, number, token); }
+    const uint8_t *key_codes(int64_t token) const { return a.key.bytes() + offset(a.key, number / a.heads_per_key, token); }
+    const uint8_t *value_codes(int64_t token) const {
+        return a.value.bytes() + offset(a.value, number / a.heads_per_key, token);
+    }
+    float key_scale(int64_t token) const { return *at(a.key_scale, number / a.heads_per_key, token); }
+    float value_scale(int64_t token) const { return *at(a.value_scale, number / a.heads_per_key, token); }
 
     // Scores become e^(score - largest); returns what the sum of their products has to be multiplied with.
     float softmax(float *row, int64_t of_query) const {
@@ -47,8 +53,12 @@ struct Head {
     }
 
 private:
+    int64_t offset(const Strided &tensor, int64_t of_head, int64_t token) const {
+        return batch * tensor.strides[0] + of_head * tensor.strides[1] + token * tensor.strides[2];
+    }
+
     float *at(const Strided &tensor, int64_t of_head, int64_t token) const {
-        return tensor.floats() + batch * tensor.strides[0] + of_head * tensor.strides[1] + token * tensor.strides[2];
+        return tensor.floats() + offset(tensor, of_head, token);
     }
 
     void scale_and_mask(float *row, int64_t of_query) const {

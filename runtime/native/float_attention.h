@@ -2,12 +2,14 @@
 //
 // A block is up to kQueryBlock queries of one head. Keys are laid out once for all blocks of a head, transposed in
 // panels of kVectors vectors of keys, [panel][depth][keys], so that scores are sums of vectors; values are read as they
-// lie. A single query takes products with the keys as they lie: laying them out would cost more.
+// lie. A single query takes products with the keys as they lie: laying them out would cost more. So does any number of
+// queries where keys and values are codes, which are read as often as there are queries.
 
 #ifndef PREQUANT_FLOAT_ATTENTION_H
 #define PREQUANT_FLOAT_ATTENTION_H
 
 #include "attention_head.h"
+#include "codes.h"
 #include "sections.h"
 
 namespace {
@@ -84,7 +86,7 @@ struct VectorAttention {
 
     // Before a head's first block.
     void begin(const Head &head) const {
-        if (a.queries < kFewestTransposed) return;
+        if (a.queries < kFewestTransposed || a.of_codes) return;
         for (int64_t first = 0; first < a.keys; first += kPanelKeys) {
             float *panel = keys_by_depth + first * a.depth;
             const int64_t count = a.keys - first < kPanelKeys ? a.keys - first : kPanelKeys;
@@ -101,7 +103,9 @@ struct VectorAttention {
     void run(const Head &head, int64_t first_query, int64_t count) const {
         const float *queries = head.query(first_query);
         const int64_t query_row = a.query.strides[2], score_row = padded_keys();
-        if (a.queries < kFewestTransposed) {
+        if (a.of_codes) {
+            for (int64_t q = 0; q < count; ++q) score_codes(head, queries + q * query_row, scores + q * score_row);
+        } else if (a.queries < kFewestTransposed) {
             for (int64_t q = 0; q < count; ++q) score_directly(head, queries + q * query_row, scores + q * score_row);
         } else {
             for (int64_t first = 0; first < a.keys; first += kPanelKeys) {
@@ -112,8 +116,12 @@ struct VectorAttention {
         float factors[kQueryBlock];
         for (int64_t q = 0; q < count; ++q) factors[q] = head.softmax(scores + q * score_row, first_query + q);
         float *out = head.out(first_query);
-        multiply_rows(scores, score_row, count, head.value(0), a.value.strides[2], a.keys, out, a.out.strides[2],
-                      a.value_depth);
+        if (a.of_codes) {
+            for (int64_t q = 0; q < count; ++q) add_codes(head, scores + q * score_row, out + q * a.out.strides[2]);
+        } else {
+            multiply_rows(scores, score_row, count, head.value(0), a.value.strides[2], a.keys, out, a.out.strides[2],
+                          a.value_depth);
+        }
         for (int64_t q = 0; q < count; ++q) {
             float *row = out + q * a.out.strides[2];
             for (int64_t d = 0; d < a.value_depth; ++d) row[d] *= factors[q];
@@ -128,6 +136,38 @@ struct VectorAttention {
             for (; d + kLanes <= a.depth; d += kLanes) sum += load(query + d) * load(key + d);
             if (d < a.depth) sum += load_some(query + d, a.depth - d) * load_some(key + d, a.depth - d);
             row[j] = sum_of(sum);
+        }
+    }
+
+    void score_codes(const Head &head, const float *query, float *row) const {
+        const int64_t whole = a.depth / kLanes * kLanes, left = a.depth - whole;
+        const Floats rest = left ? load_some(query + whole, left) : Floats{};
+        for (int64_t j = 0; j < a.keys; ++j) {
+            const uint8_t *codes = head.key_codes(j);
+            Floats sum{};
+            for (int64_t d = 0; d < whole; d += kLanes) sum += load(query + d) * levels_of(codes + d);
+            if (left) sum += rest * levels_of_some(codes + whole, left);
+            row[j] = sum_of(sum) * head.key_scale(j);
+        }
+    }
+
+    // out [depth] = row [keys] values; the row is changed.
+    void add_codes(const Head &head, float *row, float *out) const {
+        for (int64_t j = 0; j < a.keys; ++j) row[j] *= head.value_scale(j);
+        int64_t d = 0;
+        for (; d + kVectors * kLanes <= a.value_depth; d += kVectors * kLanes) {
+            Floats sums[kVectors] = {};
+            for (int64_t j = 0; j < a.keys; ++j) {
+                const uint8_t *codes = head.value_codes(j) + d;
+                for (int n = 0; n < kVectors; ++n) sums[n] += row[j] * levels_of(codes + n * kLanes);
+            }
+            for (int n = 0; n < kVectors; ++n) store(out + d + n * kLanes, sums[n]);
+        }
+        for (; d < a.value_depth; d += kLanes) {
+            const int64_t lanes = a.value_depth - d < kLanes ? a.value_depth - d : kLanes;
+            Floats sum{};
+            for (int64_t j = 0; j < a.keys; ++j) sum += row[j] * levels_of_some(head.value_codes(j) + d, lanes);
+            store_some(out + d, sum, lanes);
         }
     }
 };

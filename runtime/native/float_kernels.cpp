@@ -10,8 +10,9 @@ const FloatKernels &float_kernels_for(const char *isa) {
     if (std::strcmp(isa, "avx512vnni") == 0) return avx512_floats;
     if (std::strcmp(isa, "amx") == 0) {
         // Put together here: a unit for AMX must not run anything before the processor is known.
-        static const FloatKernels amx_floats = {avx512_floats.normalize, avx512_floats.elementwise, attention_by_tiles,
-                                                bytes_of_attention_by_tiles};
+        static const FloatKernels amx_floats = {avx512_floats.normalize,  avx512_floats.elementwise,
+                                                avx512_floats.quantize,   avx512_floats.dequantize,
+                                                attention_by_tiles,       bytes_of_attention_by_tiles};
         return amx_floats;
     }
 #else

@@ -15,16 +15,19 @@ struct Strided {
     const int64_t *strides;
 
     float *floats() const { return reinterpret_cast<float *>(data); }
+    uint8_t *bytes() const { return reinterpret_cast<uint8_t *>(data); }
 };
 
 // softmax(scale q k^T + mask) v, each [batch, heads, tokens, depth] with depth contiguous. A mask is of booleans, which
-// say what is seen, or of floats, which are added. A query that sees nothing gives 0.
+// say what is seen, or of floats, which are added. A query that sees nothing gives 0. Keys and values are floats, or both
+// codes, with the scales of their rows.
 struct Attention {
     int64_t batch, heads, queries, keys, depth, value_depth;
     int64_t heads_per_key;  // queries' heads that share a head of keys and values
     float scale;
     enum prequant_mask mask_kind;
-    Strided query, key, value, mask, out;
+    bool of_codes;
+    Strided query, key, value, mask, out, key_scale, value_scale;
 };
 
 struct FloatKernels {
@@ -35,6 +38,9 @@ struct FloatKernels {
     // One row of `count` elements: out = function(a, b); `b` is null for functions of one operand.
     void (*elementwise)(enum prequant_function function, const float *a, int64_t a_step, const float *b, int64_t b_step,
                         float *out, int64_t count);
+    // One row: the scale that just covers it, and the codes; a row that is not finite has a scale that is not a number.
+    void (*quantize)(const float *in, int64_t step, uint8_t *codes, float *scale, int64_t count);
+    void (*dequantize)(const uint8_t *codes, float scale, float *out, int64_t step, int64_t count);
     // Blocks [first, last) of `attention_blocks`; `own` is scratch of `attention_bytes`, aligned to 64.
     void (*attention)(const Attention &attention, int64_t first, int64_t last, char *own);
     int64_t (*attention_bytes)(const Attention &attention);

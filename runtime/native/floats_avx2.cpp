@@ -4,6 +4,6 @@
 
 namespace prequant {
 
-extern const FloatKernels avx2_floats = {normalize, elementwise, attention, attention_bytes};
+extern const FloatKernels avx2_floats = {normalize, elementwise, quantize, dequantize, attention, attention_bytes};
 
 }  // namespace prequant

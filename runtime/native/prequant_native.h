@@ -15,7 +15,7 @@
 
 // Raised by one with every change that would break a caller of the functions below: a signature, a layout, a meaning.
 // runtime/native.py holds the number that it was written for and refuses any other.
-#define PREQUANT_ABI_VERSION 4
+#define PREQUANT_ABI_VERSION 5
 
 #ifdef __cplusplus
 extern "C" {

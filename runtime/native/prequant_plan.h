@@ -11,12 +11,13 @@ extern "C" {
 #endif
 
 #define PREQUANT_AXES 4
-#define PREQUANT_OPERANDS 6
+#define PREQUANT_OPERANDS 7
 #define PREQUANT_SIZES 7
 #define PREQUANT_MOST_LINEARS 4
 
 // What a step computes, from its operands and sizes; `out` is an operand like the others. Floats are float32 throughout,
-// all but PREQUANT_LINEAR's and PREQUANT_EMBEDDING's rows may be strided.
+// all but PREQUANT_LINEAR's and PREQUANT_EMBEDDING's rows may be strided. Codes are bytes, each the scale of its row times
+// what it is above PREQUANT_CODE_ZERO; those of a row are contiguous.
 enum prequant_step_kind {
     // operands: input, residual or none, outputs; sizes: tokens; layer: prequant_linears
     PREQUANT_STEP_LINEAR = 0,
@@ -29,10 +30,16 @@ enum prequant_step_kind {
     PREQUANT_STEP_ELEMENTWISE = 3,
     // operands: in, out; sizes: four axes, bytes of an element
     PREQUANT_STEP_COPY = 4,
-    // operands: query, key, value, mask or none, out; sizes: batch, heads, queries, keys, depth, value depth, heads of
-    // keys; option: enum prequant_mask; number: scale
-    PREQUANT_STEP_ATTENTION = 5
+    // operands: query, key, value, mask or none, out, and if keys and values are codes: scales of keys, scales of values;
+    // sizes: batch, heads, queries, keys, depth, value depth, heads of keys; option: enum prequant_mask; number: scale
+    PREQUANT_STEP_ATTENTION = 5,
+    // operands: in, codes, scales; sizes: four axes; each row of the last one gets the scale that just covers it
+    PREQUANT_STEP_QUANTIZE = 6,
+    // operands: codes, scales, out; sizes: four axes
+    PREQUANT_STEP_DEQUANTIZE = 7
 };
+
+#define PREQUANT_CODE_ZERO 128
 
 enum prequant_function {
     PREQUANT_ADD = 0,

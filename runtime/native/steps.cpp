@@ -128,6 +128,22 @@ void normalize(const prequant_step &step, const PlanCall &call, Range rows) {
                            rows.first, rows.last);
 }
 
+void quantize(const prequant_step &step, const PlanCall &call, Range rows) {
+    const Strided in = at(step.operands[0], call), codes = at(step.operands[1], call), scale = at(step.operands[2], call);
+    rows_of(step.sizes, rows, [&](const int64_t *axis) {
+        call.floats->quantize(in.floats() + offset_of(in, axis), in.strides[3], codes.bytes() + offset_of(codes, axis),
+                              scale.floats() + offset_of(scale, axis), step.sizes[3]);
+    });
+}
+
+void dequantize(const prequant_step &step, const PlanCall &call, Range rows) {
+    const Strided codes = at(step.operands[0], call), scale = at(step.operands[1], call), out = at(step.operands[2], call);
+    rows_of(step.sizes, rows, [&](const int64_t *axis) {
+        call.floats->dequantize(codes.bytes() + offset_of(codes, axis), scale.floats()[offset_of(scale, axis)],
+                                out.floats() + offset_of(out, axis), out.strides[3], step.sizes[3]);
+    });
+}
+
 // ---- attention ------------------------------------------------------------------------------------------------------
 
 Attention attention_of(const prequant_step &step, const PlanCall *call) {
@@ -141,9 +157,10 @@ Attention attention_of(const prequant_step &step, const PlanCall *call) {
     a.heads_per_key = step.sizes[1] / step.sizes[6];
     a.scale = static_cast<float>(step.number);
     a.mask_kind = static_cast<enum prequant_mask>(step.option);
+    a.of_codes = present(step.operands[5]);
     if (call) {
-        Strided *const tensors[] = {&a.query, &a.key, &a.value, &a.mask, &a.out};
-        for (int i = 0; i < 5; ++i) *tensors[i] = at(step.operands[i], *call);
+        Strided *const tensors[] = {&a.query, &a.key, &a.value, &a.mask, &a.out, &a.key_scale, &a.value_scale};
+        for (int i = 0; i < 7; ++i) *tensors[i] = at(step.operands[i], *call);
     }
     return a;
 }
@@ -179,7 +196,10 @@ bool makes_sense(const prequant_step &step) {
         case PREQUANT_STEP_ATTENTION:
             return step.option >= PREQUANT_MASK_NONE && step.option <= PREQUANT_MASK_FLOAT && key_heads > 0 &&
                    step.sizes[1] % key_heads == 0 && all_present(step, 0, 3) && present(step.operands[4]) &&
-                   present(step.operands[3]) == (step.option != PREQUANT_MASK_NONE);
+                   present(step.operands[3]) == (step.option != PREQUANT_MASK_NONE) &&
+                   present(step.operands[5]) == present(step.operands[6]);
+        case PREQUANT_STEP_QUANTIZE:
+        case PREQUANT_STEP_DEQUANTIZE: return all_present(step, 0, 3);
         default: return false;
     }
 }
@@ -234,6 +254,8 @@ int32_t StepRun::run(int32_t phase, int32_t part, int32_t parts) const {
         case PREQUANT_STEP_NORMALIZE: normalize(step_, call_, Range(step_.sizes[0], part, parts)); break;
         case PREQUANT_STEP_ELEMENTWISE: map_elements(step_, call_, Range(rows_in(step_), part, parts)); break;
         case PREQUANT_STEP_COPY: copy(step_, call_, Range(rows_in(step_), part, parts)); break;
+        case PREQUANT_STEP_QUANTIZE: quantize(step_, call_, Range(rows_in(step_), part, parts)); break;
+        case PREQUANT_STEP_DEQUANTIZE: dequantize(step_, call_, Range(rows_in(step_), part, parts)); break;
         case PREQUANT_STEP_ATTENTION: {
             const Attention attention = attention_of(step_, &call_);
             const Range blocks(attention_blocks(attention), part, parts);

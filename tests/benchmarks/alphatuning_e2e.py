@@ -29,8 +29,10 @@ from prequant.tasks import Limits, Task, task
 from prequant.training import TrainingSettings, finetune
 
 SEED, MAX_LENGTH, BATCH = 42, 128, 8
-LORA_RANK = 2
-"""On the joint projection of queries, keys and values: 18,432 numbers of this model, AlphaTuning's rows are 20,736."""
+LORA_RANKS = (2, 8)
+"""On the joint projection of queries, keys and values: of gpt2-mini 18,432 and 73,728 numbers, where AlphaTuning trains
+20,736 row-wise and 82,944 in groups of 128."""
+MORE = ("first-alphas", "layer-norms", "biases")
 PLANES, GROUPS = (1, 2, 3, 4), (0, 128)
 
 app = typer.Typer(add_completion=False)
@@ -64,7 +66,7 @@ def full(model: str, work: Path, steps: int) -> dict[str, Any]:
     return _row(score.scores, trained, weight_bytes(folder), report["training"], asdict(settings))
 
 
-def lora(model: str, work: Path, steps: int) -> dict[str, Any]:
+def lora(rank: int, model: str, work: Path, steps: int) -> dict[str, Any]:
     """LoRA of about as many numbers, by the library peft, on the float model."""
     from peft import LoraConfig, get_peft_model
 
@@ -72,19 +74,19 @@ def lora(model: str, work: Path, steps: int) -> dict[str, Any]:
     settings = training(steps, learning_rate=5e-3)
     loaded, _ = load_for(model, of, SEED, tokenizer)
     torch.manual_seed(SEED)
-    config = LoraConfig(r=LORA_RANK, lora_alpha=32, target_modules=["c_attn"], fan_in_fan_out=True, lora_dropout=0.0)
+    config = LoraConfig(r=rank, lora_alpha=32, target_modules=["c_attn"], fan_in_fan_out=True, lora_dropout=0.0)
     tuned: Any = get_peft_model(loaded, config)
     rows = of.load(data_folder() / "e2e")
     train = of.encode(rows["train"], tokenizer, MAX_LENGTH)
     trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     result = finetune(tuned, train, of.collator(tokenizer), settings)
-    tuned.save_pretrained(work / "lora-adapter")
+    tuned.save_pretrained(work / f"lora-{rank}-adapter")
     merged = tuned.merge_and_unload()
-    merged.save_pretrained(work / "lora-model")
+    merged.save_pretrained(work / f"lora-{rank}-model")
     score = of.evaluate(merged, rows["validation"], tokenizer, Limits(MAX_LENGTH))
-    own = weight_bytes(work / "lora-adapter")
+    own = weight_bytes(work / f"lora-{rank}-adapter")
     return {
-        **_row(score.scores, trained, weight_bytes(work / "lora-model"), asdict(result), asdict(settings)),
+        **_row(score.scores, trained, weight_bytes(work / f"lora-{rank}-model"), asdict(result), asdict(settings)),
         "own": own,
     }
 
@@ -98,12 +100,12 @@ def coded(bits: int, group: int, model: str, work: Path, steps: int) -> dict[str
     return _row(report.compressed.scores, 0, weight_bytes(out), None, {"name": name})
 
 
-def tuned(bits: int, group: int, model: str, work: Path, steps: int) -> dict[str, Any]:
-    """AlphaTuning."""
+def tuned(bits: int, group: int, train: Any, name: str, model: str, work: Path, steps: int) -> dict[str, Any]:
+    """AlphaTuning; 5e-3 is the rate of what else trains than alphas."""
     usual = AlphaTuning().training
-    settings = training(steps, scale_learning_rate=usual.scale_learning_rate)
-    recipe = AlphaTuning(bits=bits, group_size=group, training=settings)
-    out, adapter = work / f"tuned-{bits}-{group}-model", work / f"tuned-{bits}-{group}.safetensors"
+    settings = training(steps, learning_rate=5e-3, scale_learning_rate=usual.scale_learning_rate)
+    recipe = AlphaTuning(bits=bits, group_size=group, train=train, training=settings)
+    out, adapter = work / f"{name}-model", work / f"{name}.safetensors"
     data = data_folder() / "e2e"
     report = compress(model, recipe, e2e(), data, out, baseline=NONE, adapter=adapter, max_length=MAX_LENGTH)
     ours = report.compressed
@@ -127,18 +129,26 @@ def _row(scores: Any, trained: int, size: int, result: Any, settings: Any) -> di
 ROWS: dict[str, Callable[[str, Path, int], dict[str, Any]]] = {
     "as given": untuned,
     "full": full,
-    "lora": lora,
+    **{f"lora-{rank}": partial(lora, rank) for rank in LORA_RANKS},
     **{f"coded-{bits}-{group}": partial(coded, bits, group) for group in GROUPS for bits in PLANES},
-    **{f"tuned-{bits}-{group}": partial(tuned, bits, group) for group in GROUPS for bits in PLANES},
+    **{
+        (name := f"tuned-{bits}-{group}"): partial(tuned, bits, group, AlphaTuning().train, name)
+        for group in GROUPS
+        for bits in PLANES
+    },
+    **{(name := f"more-3-{group}"): partial(tuned, 3, group, MORE, name) for group in GROUPS},
 }
 
 
 def _name(row: str) -> str:
-    if row in ("full", "lora", "as given"):
-        return {"full": "all weights, fp32", "lora": f"LoRA, rank {LORA_RANK}, fp32"}.get(row, row)
+    if row in ("full", "as given"):
+        return {"full": "all weights, fp32"}.get(row, row)
+    if row.startswith("lora-"):
+        return f"LoRA, rank {row.removeprefix('lora-')}, fp32"
     kind, bits, group = row.split("-")
     width = f"q = {bits}, " + (f"groups of {group}" if group != "0" else "row-wise")
-    return f"AlphaTuning, {width}" if kind == "tuned" else f"fine-tuned, then coded, {width}"
+    more = " with layer norms and biases" if kind == "more" else ""
+    return f"fine-tuned, then coded, {width}" if kind == "coded" else f"AlphaTuning{more}, {width}"
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -207,10 +217,9 @@ def _rates(done: dict[str, Any]) -> str:
     rates = {}
     for name, row in done.items():
         if row["training"]:
-            key = "scale_learning_rate" if name.startswith("tuned") else "learning_rate"
-            rates["AlphaTuning, relative to the alphas" if name.startswith("tuned") else _name(name)] = row["settings"][
-                key
-            ]
+            ours = name.startswith(("tuned", "more"))
+            key = "scale_learning_rate" if ours else "learning_rate"
+            rates["AlphaTuning, relative to the alphas" if ours else _name(name)] = row["settings"][key]
     return ", ".join(f"{rate:g} ({name})" for name, rate in rates.items())
 
 

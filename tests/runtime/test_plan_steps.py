@@ -292,11 +292,12 @@ def test_steps_of_nothing(isa: str) -> None:
 
 GOOD = torch.zeros(1, 1, 1, 4)
 BAD = {
-    "no such kind": words(6, (1, 1, 1, 4), [GOOD, GOOD, GOOD]),
+    "no such kind": words(8, (1, 1, 1, 4), [GOOD, GOOD, GOOD]),
     "a negative kind": words(-1, (1, 1, 1, 4), [GOOD, GOOD, GOOD]),
     "no such function": words(p.ELEMENTWISE, (1, 1, 1, 4), [GOOD, GOOD, GOOD], option=11),
     "a negative size": words(p.ELEMENTWISE, (1, 1, 1, -4), [GOOD, GOOD, GOOD]),
     "no input": words(p.ELEMENTWISE, (1, 1, 1, 4), [None, GOOD, GOOD]),
+    "no scales": words(p.QUANTIZE, (1, 1, 1, 4), [GOOD, GOOD, None]),
     "no output": words(p.NORMALIZE, (1, 4), [GOOD, None]),
     "elements of 3 bytes": words(p.COPY, (1, 1, 1, 4, 3), [GOOD, GOOD]),
     "a linear without a layer": words(p.LINEAR, (1,), [GOOD, None, GOOD]),

@@ -44,10 +44,11 @@ WAYS: list[tuple[list[object], dict[str, Any]]] = [
         ["--sample", "--temperature", 2.0, "--top-k", 9, "--seed", 5],
         {"do_sample": True, "temperature": 2.0, "top_k": 9},
     ),
+    (["--quantized-cache"], {"do_sample": False, "cache_implementation": "quantized"}),
 ]
 
 
-@pytest.mark.parametrize(("words", "settings"), WAYS, ids=["greedy", "beams", "sampling"])
+@pytest.mark.parametrize(("words", "settings"), WAYS, ids=["greedy", "beams", "sampling", "quantized-cache"])
 def test_generate_writes_what_the_program_does(decoder: Path, words: list[object], settings: dict[str, Any]) -> None:
     program: Any = prequant.load(decoder)
     tokenizer = make_tokenizer()
@@ -57,6 +58,13 @@ def test_generate_writes_what_the_program_does(decoder: Path, words: list[object
     shown = succeed("generate", decoder, "--prompt", "a good film", "--max-new-tokens", 7, *words)
     assert shown == str(tokenizer.decode(expected[0], skip_special_tokens=True)) + "\n"
     assert shown.startswith("a good film ") and len(shown.split()) > 3
+
+
+def test_a_quantized_cache_is_for_compressed_models(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "float", "GPT2", "LMHeadModel", n_layer=1)
+    result = run("generate", folder, "--prompt", "a good film", "--quantized-cache")
+    message = "prequant generate: a quantized cache is for models that prequant has compressed\n"
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", message)
 
 
 def test_generate_refuses_what_has_no_place_or_no_tokens(decoder: Path) -> None:

@@ -19,12 +19,13 @@ std::mt19937 randoms(1);
 int64_t between(int low, int high) { return std::uniform_int_distribution<int>(low, high)(randoms); }
 
 // A tensor of up to four axes in memory of its own, with gaps that only the last element lacks.
-struct Tensor {
+struct Operand {
     std::vector<int64_t> sizes, strides;
-    float *data = nullptr;
+    void *memory = nullptr;
     int64_t length = 1;
 
-    Tensor(std::vector<int64_t> given, bool contiguous_last) : sizes(std::move(given)), strides(sizes.size()) {
+    Operand(std::vector<int64_t> given, bool contiguous_last, size_t bytes)
+        : sizes(std::move(given)), strides(sizes.size()) {
         int64_t next = contiguous_last ? 1 : between(1, 3);
         for (size_t axis = sizes.size(); axis-- > 0;) {
             strides[axis] = next;
@@ -36,13 +37,24 @@ struct Tensor {
             last += (sizes[axis] - 1) * strides[axis];
         }
         if (length) length = last + 1;
-        data = static_cast<float *>(std::malloc(static_cast<size_t>(length ? length : 1) * sizeof(float)));
-        for (int64_t i = 0; i < length; ++i) data[i] = std::uniform_real_distribution<float>(-2.0f, 2.0f)(randoms);
+        memory = std::malloc(static_cast<size_t>(length ? length : 1) * bytes);
     }
-    Tensor(const Tensor &) = delete;
-    ~Tensor() { std::free(data); }
+    Operand(const Operand &) = delete;
+    ~Operand() { std::free(memory); }
+};
 
-    float &at(int64_t a, int64_t b = 0, int64_t c = 0, int64_t d = 0) const {
+template <class Number> struct TensorOf : Operand {
+    Number *data;
+
+    TensorOf(std::vector<int64_t> given, bool contiguous_last)
+        : Operand(std::move(given), contiguous_last, sizeof(Number)), data(static_cast<Number *>(memory)) {
+        for (int64_t i = 0; i < length; ++i) {
+            const float random = std::uniform_real_distribution<float>(-2.0f, 2.0f)(randoms);
+            data[i] = static_cast<Number>(sizeof(Number) == 1 ? 128 + 60 * random : random);
+        }
+    }
+
+    Number &at(int64_t a, int64_t b = 0, int64_t c = 0, int64_t d = 0) const {
         const int64_t index[] = {a, b, c, d};
         int64_t place = 0;
         for (size_t axis = 0; axis < sizes.size(); ++axis) place += index[axis] * strides[axis];
@@ -50,17 +62,20 @@ struct Tensor {
     }
 };
 
+using Tensor = TensorOf<float>;
+using Codes = TensorOf<uint8_t>;
+
 struct Plan {
     prequant_step step{};
     std::vector<char *> addresses;
 
-    Plan(int64_t kind, const std::vector<int64_t> &sizes, const std::vector<const Tensor *> &operands) {
+    Plan(int64_t kind, const std::vector<int64_t> &sizes, const std::vector<const Operand *> &operands) {
         step.kind = kind;
         for (size_t i = 0; i < sizes.size(); ++i) step.sizes[i] = sizes[i];
         for (size_t i = 0; i < PREQUANT_OPERANDS; ++i) {
-            const Tensor *tensor = i < operands.size() ? operands[i] : nullptr;
+            const Operand *tensor = i < operands.size() ? operands[i] : nullptr;
             step.operands[i].buffer = tensor ? static_cast<int64_t>(i) : -1;
-            addresses.push_back(tensor ? reinterpret_cast<char *>(tensor->data) : nullptr);
+            addresses.push_back(tensor ? static_cast<char *>(tensor->memory) : nullptr);
             for (size_t axis = 0; tensor && axis < tensor->strides.size(); ++axis) {
                 step.operands[i].strides[axis] = tensor->strides[axis];
             }
@@ -138,6 +153,31 @@ bool copies(const char *isa) {
     return true;
 }
 
+// What a code stands for.
+double value_of(const Codes &codes, const Tensor &scales, int64_t a, int64_t b, int64_t c, int64_t d) {
+    return (codes.at(a, b, c, d) - PREQUANT_CODE_ZERO) * static_cast<double>(scales.at(a, b, c));
+}
+
+bool quantizes(const char *isa) {
+    const std::vector<int64_t> sizes{between(0, 3), between(1, 4), between(1, 9), between(1, 70)};
+    const std::vector<int64_t> rows{sizes[0], sizes[1], sizes[2], 1};
+    Tensor in(sizes, between(0, 1)), scales(rows, true), out(sizes, between(0, 1));
+    Codes codes(sizes, true);
+    if (!Plan(PREQUANT_STEP_QUANTIZE, sizes, {&in, &codes, &scales}).run(isa)) return false;
+    if (!Plan(PREQUANT_STEP_DEQUANTIZE, sizes, {&codes, &scales, &out}).run(isa)) return false;
+    for (int64_t i = 0; i < sizes[0]; ++i) {
+        const int64_t j = sizes[1] - 1, k = sizes[2] - 1;
+        double largest = 0;
+        for (int64_t l = 0; l < sizes[3]; ++l) largest = std::fmax(largest, std::fabs(in.at(i, j, k, l)));
+        if (!near(scales.at(i, j, k) * 127.0, largest)) return false;
+        for (int64_t l = 0; l < sizes[3]; ++l) {
+            if (!near(out.at(i, j, k, l), value_of(codes, scales, i, j, k, l))) return false;
+            if (std::fabs(out.at(i, j, k, l) - in.at(i, j, k, l)) > 0.51 * scales.at(i, j, k)) return false;
+        }
+    }
+    return true;
+}
+
 bool attends(const char *isa) {
     const int64_t batch = between(0, 2), shared = between(1, 2), key_heads = between(1, 2), heads = shared * key_heads;
     const int64_t queries = between(0, 3) ? between(1, 6) : between(30, 70), keys = between(0, 140);
@@ -145,27 +185,41 @@ bool attends(const char *isa) {
     Tensor query({batch, heads, queries, depth}, true), key({batch, key_heads, keys, depth}, true);
     Tensor value({batch, key_heads, keys, value_depth}, true), mask({batch, heads, queries, keys}, between(0, 1));
     Tensor out({batch, heads, queries, value_depth}, true);
-    const bool masked = between(0, 1);
-    Plan plan(PREQUANT_STEP_ATTENTION, {batch, heads, queries, keys, depth, value_depth, key_heads},
-              {&query, &key, &value, masked ? &mask : nullptr, &out});
+    Codes key_codes(key.sizes, true), value_codes(value.sizes, true);
+    Tensor key_scales({batch, key_heads, keys, 1}, true), value_scales({batch, key_heads, keys, 1}, true);
+    for (int64_t i = 0; i < key_scales.length; ++i) key_scales.data[i] *= 0.01f;
+    const bool masked = between(0, 1), of_codes = between(0, 1);
+    std::vector<const Operand *> operands{&query, &key, &value, masked ? &mask : nullptr, &out};
+    if (of_codes) {
+        operands = {&query, &key_codes, &value_codes, operands[3], &out, &key_scales, &value_scales};
+    }
+    Plan plan(PREQUANT_STEP_ATTENTION, {batch, heads, queries, keys, depth, value_depth, key_heads}, operands);
     plan.step.option = masked ? PREQUANT_MASK_FLOAT : PREQUANT_MASK_NONE;
     plan.step.number = 0.2;
     if (!plan.run(isa)) return false;
+    const auto key_at = [&](int64_t b, int64_t h, int64_t k, int64_t d) {
+        return of_codes ? value_of(key_codes, key_scales, b, h, k, d) : key.at(b, h, k, d);
+    };
+    const auto value_at = [&](int64_t b, int64_t h, int64_t k, int64_t d) {
+        return of_codes ? value_of(value_codes, value_scales, b, h, k, d) : value.at(b, h, k, d);
+    };
     for (int64_t b = 0; b < batch; ++b) {
         const int64_t h = heads - 1, q = queries - 1;
         std::vector<double> weights(static_cast<size_t>(keys));
-        double sum = 0;
+        double sum = 0, largest = 0;
         for (int64_t k = 0; k < keys; ++k) {
             double score = 0;
-            for (int64_t d = 0; d < depth; ++d) score += 0.2 * query.at(b, h, q, d) * key.at(b, h / shared, k, d);
+            for (int64_t d = 0; d < depth; ++d) score += 0.2 * query.at(b, h, q, d) * key_at(b, h / shared, k, d);
             sum += weights[static_cast<size_t>(k)] = std::exp(score + (masked ? mask.at(b, h, q, k) : 0));
         }
         for (int64_t d = 0; d < value_depth; ++d) {
             double exact = 0;
             for (int64_t k = 0; k < keys; ++k) {
-                exact += weights[static_cast<size_t>(k)] / sum * value.at(b, h / shared, k, d);
+                const double one = value_at(b, h / shared, k, d);
+                exact += weights[static_cast<size_t>(k)] / sum * one;
+                largest = std::fmax(largest, std::fabs(one));
             }
-            if (!near(out.at(b, h, q, d), exact)) return false;
+            if (std::fabs(out.at(b, h, q, d) - exact) > 2e-5 * (1.0 + largest)) return false;
         }
     }
     return true;
@@ -183,9 +237,10 @@ int main() {
             const char *failed = !normalizes(isa)       ? "normalize"
                                  : !maps(isa, function) ? "elementwise"
                                  : !copies(isa)         ? "copy"
+                                 : !quantizes(isa)      ? "quantize"
                                  : !attends(isa)        ? "attention"
                                                         : nullptr;
-            count += 4;
+            count += 5;
             if (failed) {
                 std::printf("%s fails on %s in round %d (function %d)\n", failed, isa, round, function);
                 return 1;
