@@ -1,0 +1,167 @@
+"""Where a model's repeated blocks begin and end in its graph: stacks of layers, found by structure.
+
+Modules of one class that are numbered one after the other (``encoder.layer.0``, ``encoder.layer.1``, ...) are the
+candidates. The data that flows through a graph says where they part: a value through which every path from an input of
+the model to the end of the stack leads (a dominator in the graph of values) is a boundary between two of them. What
+enters a block past such a value, as masks and position biases do, is no boundary, and what a block computes without it
+(T5's first one computes the bias for all) is not of the block's body.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx
+
+from .program import Program
+
+aten = torch.ops.aten
+
+NUMBERED = re.compile(r"(.*?)\.?(\d+)$")
+SIZES = (aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int)
+ASSERTIONS = ("_assert", "sym_constrain")
+"""How the names of ops begin that only check."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Blocks one after the other.
+
+    ``path``: of the modules, without their numbers. ``boundaries``: the value that enters the first block, then what
+    leaves each. ``bodies``: of each block the nodes between two boundaries, the second one included, in the order of
+    the graph.
+    """
+
+    path: str
+    boundaries: tuple[fx.Node, ...]
+    bodies: tuple[tuple[fx.Node, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.bodies)
+
+    def block(self, number: int) -> str:
+        """The path of a block's module."""
+        return f"{self.path}.{number}" if self.path else str(number)
+
+    @cached_property
+    def shared(self) -> tuple[str, ...]:
+        """Weights that the blocks read more than once, in one or in several: the blocks are not each other's own."""
+        inside = {node: number for number, body in enumerate(self.bodies) for node in body}
+        found = []
+        for weight in self.boundaries[0].graph.find_nodes(op="get_attr"):
+            products = [user for user in _readers(weight) if user in inside and _multiplies(user)]
+            if len(products) > 1:
+                found.append(str(weight.target))
+        return tuple(found)
+
+
+def find_stacks(program: Program) -> tuple[Stack, ...]:
+    """The stacks of a Program in the order of its graph: one for an encoder or a decoder, two for a model with both.
+
+    A stack that one block makes up is one, too. Blocks whose data can't be told apart are no stack.
+    """
+    flow = data_flow(program.graph)
+    order = {node: number for number, node in enumerate(program.graph.nodes)}
+    found = [_stack(flow, order, path, members) for path, members in _numbered(program.graph).items()]
+    stacks = sorted((stack for stack in found if stack is not None), key=lambda stack: order[stack.boundaries[0]])
+    # Of stacks in one another, as a list of one group that holds the layers, the inner one says more.
+    return tuple(s for s in stacks if not any(other.path.startswith(f"{s.path}.") for other in stacks))
+
+
+def data_flow(graph: fx.Graph) -> nx.DiGraph:
+    """The graph of values: an edge from a node to each that reads its numbers, not only its size."""
+    flow = nx.DiGraph()
+    for node in graph.nodes:
+        flow.add_node(node)
+        if is_data(node):
+            flow.add_edges_from((source, node) for source in node.all_input_nodes if is_data(source))
+    return flow
+
+
+def is_data(node: fx.Node) -> bool:
+    """Whether a node is a value, and no size, no check, and not the graph's end."""
+    if node.op != "call_function":
+        return node.op != "output"
+    if node.target is operator.getitem:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target in SIZES:  # Python's own operators, on sizes
+        return False
+    return not node.target.__name__.startswith(ASSERTIONS)
+
+
+# ---- one stack -------------------------------------------------------------------------------------------------------
+
+
+def _numbered(graph: fx.Graph) -> dict[str, dict[int, list[fx.Node]]]:
+    """Nodes by the path of a list of modules of one class, and the number in it."""
+    found: dict[str, dict[int, list[fx.Node]]] = {}
+    kinds: dict[str, set[str]] = {}
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        for path, kind in node.meta.get("module_stack", ()):
+            if match := NUMBERED.fullmatch(path):
+                found.setdefault(match[1], {}).setdefault(int(match[2]), []).append(node)
+                kinds.setdefault(match[1], set()).add(kind)
+    return {path: members for path, members in found.items() if len(kinds[path]) == 1}
+
+
+def _stack(flow: nx.DiGraph, order: dict[fx.Node, int], path: str, members: dict[int, list[fx.Node]]) -> Stack | None:
+    numbers = sorted(members)
+    if numbers != list(range(len(numbers))):
+        return None
+    inside = {node: number for number, nodes in members.items() for node in nodes}
+    ends = [node for node in members[numbers[-1]] if is_data(node) and any(user not in inside for user in node.users)]
+    for source in (node for node in flow if node.op == "placeholder"):
+        dominators = nx.immediate_dominators(flow, source)
+        for end in sorted((end for end in ends if end in dominators), key=order.__getitem__, reverse=True):
+            boundaries = _boundaries(_chain(dominators, source, end), inside, len(numbers))
+            if boundaries is not None:
+                return Stack(path, boundaries, tuple(_bodies(flow, order, boundaries)))
+    return None
+
+
+def _chain(dominators: dict[Any, Any], source: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """What every path from the source to the end passes, in order."""
+    chain = [end]
+    while chain[-1] is not source:
+        chain.append(dominators[chain[-1]])
+    return chain[::-1]
+
+
+def _boundaries(chain: Sequence[fx.Node], inside: dict[fx.Node, int], count: int) -> tuple[fx.Node, ...] | None:
+    """What enters the first block, and the last of the chain in each; None if one has none of it."""
+    last = {inside[node]: place for place, node in enumerate(chain) if node in inside}
+    if len(last) < count or list(last) != sorted(last):
+        return None
+    first = next(place for place, node in enumerate(chain) if node in inside)
+    return (chain[first - 1], *(chain[last[number]] for number in range(count))) if first else None
+
+
+def _bodies(
+    flow: nx.DiGraph, order: dict[fx.Node, int], boundaries: Sequence[fx.Node]
+) -> Iterator[tuple[fx.Node, ...]]:
+    for entry, end in zip(boundaries, boundaries[1:], strict=False):
+        between = (nx.descendants(flow, entry) & nx.ancestors(flow, end)) | {end}
+        yield tuple(sorted(between, key=order.__getitem__))
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """Those that read a tensor, also by way of what makes a weight of it."""
+    for user in node.users:
+        if user.op == "call_function" and all(source.op == "get_attr" for source in user.all_input_nodes):
+            yield from _readers(user)
+        else:
+            yield user
+
+
+def _multiplies(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", "")
+    return any(part in name for part in ("linear", "addmm", "mm", "matmul", "conv"))
