@@ -8,6 +8,7 @@ from .calibrate import CalibrationError, calibrate
 from .canonicalize import Canonicalize
 from .compose_ops import ComposeOps
 from .config import ConfigError
+from .drop_layers import DropLayers
 from .freeze import Freeze
 from .fuse_epilogue import FuseEpilogue
 from .fuse_parallel_linears import FuseParallelLinears
@@ -37,6 +38,7 @@ __all__ = [
     "ComposeOps",
     "ConfigError",
     "Damage",
+    "DropLayers",
     "Dump",
     "Freeze",
     "FuseEpilogue",

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import networkx as nx
@@ -148,7 +149,7 @@ def _boundaries(chain: Sequence[fx.Node], inside: dict[fx.Node, int], count: int
 def _bodies(
     flow: nx.DiGraph, order: dict[fx.Node, int], boundaries: Sequence[fx.Node]
 ) -> Iterator[tuple[fx.Node, ...]]:
-    for entry, end in zip(boundaries, boundaries[1:], strict=False):
+    for entry, end in pairwise(boundaries):
         between = (nx.descendants(flow, entry) & nx.ancestors(flow, end)) | {end}
         yield tuple(sorted(between, key=order.__getitem__))
 

@@ -8,7 +8,7 @@ Program takes what the model took and returns what the model returned.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -136,6 +136,12 @@ class Program(fx.GraphModule):
         self.meta["prequant"] = replace(self.info, **changes)
         if "signature" in changes:
             self.drop_plan()
+
+    def set_depth(self, stack: str, depth: int, kept: Sequence[int]) -> None:
+        """Note that of ``depth`` blocks, whose modules are ``stack.0`` and so on, those numbered ``kept`` are left.
+
+        A graph says so itself; a layer above may have a configuration that does.
+        """
 
     def names_of(self, tensor_name: str) -> tuple[str, ...]:
         """A tensor's own name and its aliases (tied weights)."""

@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 from prequant.passes import ProgramInfo
 from prequant.runtime import PrequantError, ops
 
+from .depth import shallower
 from .losses import LABELS, LOGITS, accepts_loss_kwargs, counts_items, loss_of, shift_right
 from .trace_errors import trace_error
 from .traced import TracedProgram
@@ -68,6 +69,11 @@ class ModelProgram(TracedProgram):
     def config(self) -> PretrainedConfig:
         """The model's configuration: a copy of its own, which the ``Trainer`` writes into."""
         return cast(PretrainedConfig, self.info.extra[CONFIG])
+
+    def set_depth(self, stack: str, depth: int, kept: Sequence[int]) -> None:
+        """See :meth:`Program.set_depth`; the configuration is one of fewer layers from then on."""
+        config = shallower(self.config, stack, depth, kept)
+        self.update_info(extra={**self.info.extra, CONFIG: config})
 
     @property
     def task(self) -> str | None:
