@@ -61,7 +61,7 @@ class DropLayers(Pass):
         stacks = self._stacks(program)
         flow = data_flow(program.graph)
         for stack in stacks:
-            kept = self._kept(stack)
+            kept = self.kept(stack)
             self._check(stack, flow, kept)
             for number in range(len(stack)):
                 if number not in kept:
@@ -69,19 +69,19 @@ class DropLayers(Pass):
                 elif kept.index(number) != number:
                     report.rewrite(stack.block(number), f"now {stack.block(kept.index(number))}")
         for stack in stacks:
-            _bypass(stack, self._kept(stack))
+            _bypass(stack, self.kept(stack))
         program.graph.eliminate_dead_code()
         left = set(program.graph.nodes)
         for stack in stacks:
-            for number in set(range(len(stack))).difference(self._kept(stack)):
+            for number in set(range(len(stack))).difference(self.kept(stack)):
                 if still := [node for node in stack.bodies[number] if node in left]:
                     raise PassError(
                         f"{stack.block(number)} is needed: the size of {still[-1].name} is read", node=still[-1]
                     )
         report.totals["tensors dropped"] = len(program.prune())
         for stack in stacks:
-            _rename(program, stack, self._kept(stack))
-            program.set_depth(stack.path, len(stack), self._kept(stack))
+            _rename(program, stack, self.kept(stack))
+            program.set_depth(stack.path, len(stack), self.kept(stack))
         program.recompile()
         return report
 
@@ -103,7 +103,8 @@ class DropLayers(Pass):
                 )
         return chosen
 
-    def _kept(self, stack: Stack) -> list[int]:
+    def kept(self, stack: Stack) -> list[int]:
+        """The numbers of the blocks that are kept. Raises :class:`PassError` for those that there are not."""
         depth = len(stack)
         if self.keep:
             if self.keep[-1] >= depth:

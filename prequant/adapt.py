@@ -21,7 +21,7 @@ from prequant.model import ModelProgram
 from prequant.passes import Freeze, Pipeline, weights
 from prequant.passes.sites import OUTLIER_PREFIX
 from prequant.quiet import no_progress_bars
-from prequant.recipes import AlphaTuning, PreQuant, Recipe
+from prequant.recipes import AlphaTuning, PreQuant, TuningRecipe
 from prequant.recipes.base import speed_passes
 from prequant.runtime import Scheme, WeightFormat
 from prequant.sources import AUTO_CLASSES, WRITERS, SourceError, check_length, is_compressed, load_tokenizer
@@ -65,7 +65,7 @@ def adapt(
     task: Task,
     data: str | Path | None,
     out: str | Path,
-    recipe: Recipe | None = None,
+    recipe: TuningRecipe | None = None,
     *,
     max_length: int = 128,
     progress: bool = True,
@@ -83,7 +83,13 @@ def adapt(
 
 
 def _adapt(
-    folder: Path, task: Task, data: str | Path | None, out: Path, recipe: Recipe | None, max_length: int, progress: bool
+    folder: Path,
+    task: Task,
+    data: str | Path | None,
+    out: Path,
+    recipe: TuningRecipe | None,
+    max_length: int,
+    progress: bool,
 ) -> AdaptReport:
     check_adapter_path(out)
     task.check_metrics()
@@ -142,7 +148,7 @@ def load_base(folder: str | Path) -> ModelProgram:
     return program
 
 
-def recipe_for(base: ModelProgram) -> Recipe:
+def recipe_for(base: ModelProgram) -> TuningRecipe:
     """The recipe that tunes weights such as these: AlphaTuning binary-coded ones, PreQuant quantized ones.
 
     Raises :class:`AdapterError` where there are none.

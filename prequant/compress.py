@@ -24,12 +24,15 @@ from prequant.adapters.variant import stored_name
 from prequant.checkpoint import load, save
 from prequant.checkpoint.atomic import replacing
 from prequant.checkpoint.folder import is_ours
+from prequant.distillation import Distiller
 from prequant.inspection import weight_rows
 from prequant.losses import LABELS, SEQ2SEQ_LM
 from prequant.measure import installed_versions, median_seconds, plain, weight_bytes
 from prequant.model import ModelProgram
+from prequant.passes import ExposeOutputs
+from prequant.passes.latent_scales import following
 from prequant.quiet import no_progress_bars
-from prequant.recipes import Recipe
+from prequant.recipes import Recipe, Stage
 from prequant.report import LATENCY_BATCH, CompressionReport, ModelFigures
 from prequant.report_file import write_report
 from prequant.sources import (
@@ -43,7 +46,7 @@ from prequant.sources import (
 )
 from prequant.tasks import Evaluation, Limits, Task
 from prequant.tasks.data import described
-from prequant.training import TrainingResult, TrainingSettings, finetune
+from prequant.training import TrainingResult, TrainingSettings, combined, finetune
 
 __all__ = ["GIVEN", "NONE", "TRAIN", "CompressionReport", "ModelFigures", "compress", "default_baseline_training"]
 
@@ -51,6 +54,8 @@ TRAIN, GIVEN, NONE = "train", "given", "none"
 """What the compressed model is compared with: the model fine-tuned with the same budget, the model as it was given, or
 nothing.
 """
+STUDENT = "student"
+"""What a Distiller calls the model that it trains."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class _Workbench:
 
     task: Task
     tokenizer: PreTrainedTokenizerBase
-    train: Dataset
+    train_rows: Dataset
     validation: Dataset
     limits: Limits
     progress: bool
@@ -70,7 +75,18 @@ class _Workbench:
 
     def finetune(self, model: nn.Module, training: TrainingSettings, head: Sequence[str]) -> TrainingResult:
         """Train on the training set."""
-        return finetune(model, self.train, self.task.collator(self.tokenizer), training, head, self.progress)
+        return finetune(model, self.train_rows, self.task.collator(self.tokenizer), training, head, self.progress)
+
+    def train(self, program: ModelProgram, stage: Stage, head: Sequence[str], original: ModelProgram) -> TrainingResult:
+        """Train a program as a stage of a recipe says."""
+        model: nn.Module = program
+        if stage.layers is not None:
+            teacher = ExposeOutputs(hidden_states=True, attention_scores=True)(original)
+            assert isinstance(teacher, ModelProgram)
+            model, head = Distiller(program, teacher, stage.layers), [f"{STUDENT}.{name}" for name in head]
+        renew = following(program).renew if stage.scales_follow else None
+        collate = self.task.collator(self.tokenizer)
+        return finetune(model, self.train_rows, collate, stage.training, head, self.progress, renew)
 
     def latencies(self, models: Sequence[nn.Module]) -> list[float]:
         """Seconds for one batch, each model's, measured in turns."""
@@ -133,6 +149,11 @@ def _compress(
     model, fresh = load_for(source, task, recipe.training.seed, tokenizer)
     head = head_of(model, task)
     check_length(model.config, max_length)
+    if fresh and recipe.distils:
+        raise SourceError(
+            f"{source} has no head for {task.name}: {', '.join(fresh)} are missing; {recipe.name} learns from a model "
+            "that is fine-tuned for the task, which prequant finetune makes"
+        )
     if fresh and (baseline == GIVEN or not recipe.trains):
         advice = "compare with 'train'" if recipe.trains else "fine-tune it first, as nothing is to train here"
         raise SourceError(f"{source} has no head for {task.name}: {', '.join(fresh)} are missing; {advice}")
@@ -142,16 +163,22 @@ def _compress(
     parameters = sum(p.numel() for p in model.parameters())
     original = canonical_program(model, tokenizer)
     # Before the baseline trains: what does not fit the model is refused here.
-    program = recipe.prepare(original, head)(original)
+    stage = recipe.stage(0, original, original, head)
+    program = stage.passes(original)
     if left := [name for name in fresh if not program.tensor(name).requires_grad]:
         raise SourceError(f"{source} has no head for {task.name}: {', '.join(left)} are missing, and would not train")
     training = baseline_training or default_baseline_training(recipe.training)
     compared = _baseline(model, baseline, training, bench, parameters)
 
-    result, trains = None, dict[str, int]()
-    if recipe.trains:
+    results, trains = list[TrainingResult](), dict[str, int]()
+    for number in range(recipe.stages if recipe.trains else 0):
+        if number:
+            stage = recipe.stage(number, program, original, head)
+            program = stage.passes(program)
+        assert isinstance(program, ModelProgram) and isinstance(original, ModelProgram)
         trains = {name: p.numel() for name, p in program.named_parameters() if p.requires_grad}
-        result = bench.finetune(program, recipe.training, head)
+        results.append(bench.train(program, stage, head, original))
+    result = combined(results)
     program = recipe.finish()(program)
     with replacing(out, is_ours) as staging:
         save(program, staging, tokenizer)

@@ -6,7 +6,7 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -100,6 +101,14 @@ class TrainingResult:
     peak_memory: int
 
 
+def combined(results: Sequence[TrainingResult]) -> TrainingResult | None:
+    """Several trainings, one after the other, as one: the loss is that of the last. None if there was none."""
+    if not results:
+        return None
+    steps, seconds = sum(result.steps for result in results), sum(result.seconds for result in results)
+    return TrainingResult(steps, seconds, results[-1].loss, max(result.peak_memory for result in results))
+
+
 def finetune(
     model: nn.Module,
     train: Dataset,
@@ -107,15 +116,16 @@ def finetune(
     settings: TrainingSettings,
     head: Iterable[str] = (),
     progress: bool = True,
+    after_step: Callable[[], None] | None = None,
 ) -> TrainingResult:
     """Train the parameters of ``model`` that require a gradient, in place, on encoded rows (:meth:`Task.encode`).
 
     ``model``: anything that returns a loss when called with labels; it trains on the device that it is on. ``collate``
     makes a batch of rows, as :meth:`Task.collator` gives it.
-    ``head``: names of the head's parameters. Batches group sentences of similar length; their order depends on the seed
-    and the rows alone, so two models see the same. The same seed on the same machine with one thread gives the same
-    weights, bit for bit. The model is left in eval mode, its configuration as it was. Raises :class:`TrainingError` if
-    nothing is trainable.
+    ``head``: names of the head's parameters. ``after_step`` is called after each step of the optimizer. Batches group
+    sentences of similar length; their order depends on the seed and the rows alone, so two models see the same. The
+    same seed on the same machine with one thread gives the same weights, bit for bit. The model is left in eval mode,
+    its configuration as it was. Raises :class:`TrainingError` if nothing is trainable.
     """
     _load_lazily_loaded()
     set_seed(settings.seed)
@@ -149,6 +159,8 @@ def finetune(
         trainer.remove_callback(PrinterCallback)
         if trainer.pop_callback(ProgressCallback) is not None:
             trainer.add_callback(_Progress)
+        if after_step is not None:
+            trainer.add_callback(_AfterStep(after_step))
         with PeakMemory() as memory:
             outcome = trainer.train()
     model.eval()
@@ -175,6 +187,15 @@ class _Trainer(Trainer):
         lengths = [len(ids) for ids in rows["input_ids"]]
         order = LengthGroupedSampler(size, lengths=lengths, generator=torch.Generator().manual_seed(seed))
         return DataLoader(rows, batch_size=size, sampler=order, collate_fn=self.data_collator)
+
+
+class _AfterStep(TrainerCallback):
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Behind the optimizer's step."""
+        self._call()
 
 
 class _Progress(ProgressCallback):

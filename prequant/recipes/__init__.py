@@ -6,10 +6,11 @@ from prequant.passes.options import near_misses
 from prequant.runtime import PrequantError
 
 from .alphatuning import AlphaTuning
-from .base import Recipe
+from .base import Recipe, Stage, TuningRecipe
 from .prequant import PreQuant
+from .xtc import XTC
 
-RECIPES: Mapping[str, type[Recipe]] = {kind.name: kind for kind in (AlphaTuning, PreQuant)}
+RECIPES: Mapping[str, type[Recipe]] = {kind.name: kind for kind in (AlphaTuning, PreQuant, XTC)}
 
 
 def recipe_type(name: str) -> type[Recipe]:
@@ -19,4 +20,4 @@ def recipe_type(name: str) -> type[Recipe]:
     return RECIPES[name]
 
 
-__all__ = ["RECIPES", "AlphaTuning", "PreQuant", "Recipe", "recipe_type"]
+__all__ = ["RECIPES", "XTC", "AlphaTuning", "PreQuant", "Recipe", "Stage", "TuningRecipe", "recipe_type"]

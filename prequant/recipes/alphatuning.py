@@ -11,11 +11,11 @@ from prequant.passes import BinaryCode, Canonicalize, Freeze, Lower, Pipeline, P
 from prequant.runtime import PrequantError
 from prequant.training import TrainingSettings
 
-from .base import Recipe, has_biases, head_weights, speed_passes
+from .base import TuningRecipe, has_biases, head_weights, speed_passes
 
 
 @dataclass(frozen=True)
-class AlphaTuning(Recipe):
+class AlphaTuning(TuningRecipe):
     """Each linear weight becomes a sum of planes of signs, each row (or group) of a plane with a scale, alpha. What
     trains is the alpha of the first plane, and the task head if there is one; planes and other alphas are frozen.
 

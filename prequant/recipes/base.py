@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from prequant.distillation import LayerMap
 from prequant.passes import (
     ComposeOps,
     FuseEpilogue,
@@ -23,6 +24,20 @@ from prequant.passes import (
 from prequant.passes.options import fit, options_of
 from prequant.passes.packed import packed_uses
 from prequant.training import TrainingSettings
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of a recipe: the passes that come before it, and how it goes.
+
+    ``layers``: what the passes make is a student, which exposes what is compared, and learns from the original model,
+    its teacher, instead of from labels. ``scales_follow``: scales of latent weights are chosen anew after each step.
+    """
+
+    passes: Pipeline
+    training: TrainingSettings
+    layers: LayerMap | None = None
+    scales_follow: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,25 +62,50 @@ class Recipe(ABC):
             object.__setattr__(self, option.name, value)
 
     @abstractmethod
-    def prepare(self, program: Program, head: tuple[str, ...]) -> Pipeline:
-        """Passes to run on ``program`` before the training; ``head`` names the parameters of the task head."""
-
-    @abstractmethod
-    def tune(self, program: Program, head: tuple[str, ...]) -> Train:
-        """The choice of what trains in a program whose weights are compressed."""
+    def stage(self, number: int, program: Program, original: Program, head: tuple[str, ...]) -> Stage:
+        """A training, counted from 0, of what the one before left of the program, at first the original, which is
+        canonical; ``head`` names the parameters of the task head.
+        """
 
     @abstractmethod
     def finish(self) -> Pipeline:
-        """Passes that run after the training."""
+        """Passes that run after the last training."""
 
     @property
     @abstractmethod
     def trains(self) -> bool:
         """Whether there is anything to train."""
 
+    @property
+    def stages(self) -> int:
+        """How many trainings there are."""
+        return 1
+
+    @property
+    def distils(self) -> bool:
+        """Whether the model is a teacher, which has to be fine-tuned for the task."""
+        return False
+
     def settings(self) -> dict[str, Any]:
         """Name and every field."""
         return {"recipe": self.name, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class TuningRecipe(Recipe):
+    """A method that compresses first, and then trains a small part, for one task after another on the same codes."""
+
+    @abstractmethod
+    def prepare(self, program: Program, head: tuple[str, ...]) -> Pipeline:
+        """Passes to run on ``program`` before the training."""
+
+    @abstractmethod
+    def tune(self, program: Program, head: tuple[str, ...]) -> Train:
+        """The choice of what trains in a program whose weights are compressed."""
+
+    def stage(self, number: int, program: Program, original: Program, head: tuple[str, ...]) -> Stage:
+        """The one that there is."""
+        return Stage(self.prepare(program, head), self.training)
 
 
 def head_weights(program: Program, head: tuple[str, ...]) -> tuple[str, ...]:

@@ -23,11 +23,11 @@ from prequant.runtime import Granularity, PrequantError
 from prequant.runtime.quantizer import Quantizer
 from prequant.training import TrainingSettings
 
-from .base import Recipe, has_biases, head_weights, speed_passes
+from .base import TuningRecipe, has_biases, head_weights, speed_passes
 
 
 @dataclass(frozen=True)
-class PreQuant(Recipe):
+class PreQuant(TuningRecipe):
     """Stage 1 quantizes every linear weight and embedding, task head aside, and looks at no data. Stage 2 trains, on
     the task's loss alone, the parts named in ``train``; the codes stay frozen and packed.
 

@@ -31,14 +31,14 @@ from transformers import (
 import prequant
 from prequant.adapters import adapter_of, write_adapter
 from prequant.measure import PeakMemory, median_seconds, weight_bytes
-from prequant.recipes import AlphaTuning, PreQuant, Recipe
+from prequant.recipes import AlphaTuning, PreQuant, TuningRecipe
 from prequant.sources import canonical_program, head_parameters
 
 TASKS = 3
 LENGTH = 32
 MIB = 1 << 20
 
-MODELS: dict[str, tuple[Callable[[], PreTrainedModel], Recipe]] = {
+MODELS: dict[str, tuple[Callable[[], PreTrainedModel], TuningRecipe]] = {
     "BERT-base, PreQuant, 4 bits": (
         lambda: BertForSequenceClassification(BertConfig()),
         PreQuant(bits=4, outlier_ratio=0.005, strategy="minmax"),

@@ -14,7 +14,7 @@ from prequant.adapt import adapt, recipe_for
 from prequant.adapters import AdapterError, adapter_of, fingerprint, read_adapter
 from prequant.cli import app
 from prequant.compress import compress
-from prequant.recipes import AlphaTuning, PreQuant, Recipe
+from prequant.recipes import AlphaTuning, PreQuant, TuningRecipe
 from prequant.runtime import PrequantError
 from prequant.sources import SourceError
 from prequant.tasks import Limits, Task, task
@@ -116,7 +116,7 @@ def test_tasks_of_every_kind_on_an_encoder(case: str, data: Path, tmp_path: Path
     family, head, of, columns = CASES[case]
     folder = save_folder(tmp_path / "model", family, head)
     first: Task = task("sst2-text") if family == "T5" else SST2
-    recipe: Recipe = PreQuant(training=BUDGET)
+    recipe: TuningRecipe = PreQuant(training=BUDGET)
     compress(folder, recipe, first, data, tmp_path / "base", baseline="none", max_length=LENGTH, progress=False)
     (tmp_path / "data").mkdir()
     for split in ("train", "validation"):
