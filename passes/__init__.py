@@ -9,9 +9,11 @@ from .canonicalize import Canonicalize
 from .compose_ops import ComposeOps
 from .config import ConfigError
 from .drop_layers import DropLayers
+from .expose_outputs import ExposeOutputs
 from .freeze import Freeze
 from .fuse_epilogue import FuseEpilogue
 from .fuse_parallel_linears import FuseParallelLinears
+from .hide_outputs import HideOutputs
 from .lower import Lower, lower
 from .observers import Damage, Dump, Observer, Step, Timing, Verify
 from .options import Option, OptionError
@@ -40,9 +42,11 @@ __all__ = [
     "Damage",
     "DropLayers",
     "Dump",
+    "ExposeOutputs",
     "Freeze",
     "FuseEpilogue",
     "FuseParallelLinears",
+    "HideOutputs",
     "Input",
     "Lower",
     "Observer",

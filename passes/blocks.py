@@ -1,10 +1,11 @@
 """Where a model's repeated blocks begin and end in its graph: stacks of layers, found by structure.
 
 Modules of one class that are numbered one after the other (``encoder.layer.0``, ``encoder.layer.1``, ...) are the
-candidates. The data that flows through a graph says where they part: a value through which every path from an input of
-the model to the end of the stack leads (a dominator in the graph of values) is a boundary between two of them. What
-enters a block past such a value, as masks and position biases do, is no boundary, and what a block computes without it
-(T5's first one computes the bias for all) is not of the block's body.
+candidates, each as often as it is called: ALBERT's is one, over and over. The data that flows through a graph says
+where they part: a value through which every path from an input of the model to the end of the stack leads (a dominator
+in the graph of values) is a boundary between two of them. What enters a block past such a value, as masks and position
+biases do, is no boundary, and what a block computes without it (T5's first one computes the bias for all) is not of the
+block's body.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .program import Program
 
 aten = torch.ops.aten
 
-NUMBERED = re.compile(r"(.*?)\.?(\d+)$")
+NUMBERED = re.compile(r"(?:(.*)\.)?(\d+)")
 SIZES = (aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int)
 ASSERTIONS = ("_assert", "sym_constrain")
 """How the names of ops begin that only check."""
@@ -35,12 +36,13 @@ ASSERTIONS = ("_assert", "sym_constrain")
 class Stack:
     """Blocks one after the other.
 
-    ``path``: of the modules, without their numbers. ``boundaries``: the value that enters the first block, then what
-    leaves each. ``bodies``: of each block the nodes between two boundaries, the second one included, in the order of
-    the graph.
+    ``path``: of the modules, without their numbers, which are ``numbers``. ``boundaries``: the value that enters the
+    first block, then what leaves each. ``bodies``: of each block the nodes between two boundaries, the second one
+    included, in the order of the graph.
     """
 
     path: str
+    numbers: tuple[int, ...]
     boundaries: tuple[fx.Node, ...]
     bodies: tuple[tuple[fx.Node, ...], ...]
 
@@ -49,18 +51,17 @@ class Stack:
 
     def block(self, number: int) -> str:
         """The path of a block's module."""
-        return f"{self.path}.{number}" if self.path else str(number)
+        return f"{self.path}.{self.numbers[number]}" if self.path else str(self.numbers[number])
 
     @cached_property
     def shared(self) -> tuple[str, ...]:
-        """Weights that the blocks read more than once, in one or in several: the blocks are not each other's own."""
+        """Weights that several blocks read: these are not each other's own."""
         inside = {node: number for number, body in enumerate(self.bodies) for node in body}
-        found = []
-        for weight in self.boundaries[0].graph.find_nodes(op="get_attr"):
-            products = [user for user in _readers(weight) if user in inside and _multiplies(user)]
-            if len(products) > 1:
-                found.append(str(weight.target))
-        return tuple(found)
+        return tuple(
+            str(weight.target)
+            for weight in self.boundaries[0].graph.find_nodes(op="get_attr")
+            if len({inside[user] for user in weight_readers(weight) if user in inside}) > 1
+        )
 
 
 def find_stacks(program: Program) -> tuple[Stack, ...]:
@@ -70,7 +71,7 @@ def find_stacks(program: Program) -> tuple[Stack, ...]:
     """
     flow = data_flow(program.graph)
     order = {node: number for number, node in enumerate(program.graph.nodes)}
-    found = [_stack(flow, order, path, members) for path, members in _numbered(program.graph).items()]
+    found = [_stack(flow, order, path, calls) for path, calls in numbered(program.graph).items()]
     stacks = sorted((stack for stack in found if stack is not None), key=lambda stack: order[stack.boundaries[0]])
     # Of stacks in one another, as a list of one group that holds the layers, the inner one says more.
     return tuple(s for s in stacks if not any(other.path.startswith(f"{s.path}.") for other in stacks))
@@ -100,32 +101,48 @@ def is_data(node: fx.Node) -> bool:
 # ---- one stack -------------------------------------------------------------------------------------------------------
 
 
-def _numbered(graph: fx.Graph) -> dict[str, dict[int, list[fx.Node]]]:
-    """Nodes by the path of a list of modules of one class, and the number in it."""
-    found: dict[str, dict[int, list[fx.Node]]] = {}
+@dataclass
+class Call:
+    """Nodes of a numbered module, of one time that it is called."""
+
+    number: int
+    nodes: list[fx.Node]
+    weights: set[tuple[Any, fx.Node]]
+
+
+def numbered(graph: fx.Graph) -> dict[str, list[Call]]:
+    """Calls of modules by the path of the list that they are in, where that has one class: the candidates for stacks.
+
+    A module is called again where another one of its list was in between, or an op reads a weight that it has read.
+    """
+    found: dict[str, list[Call]] = {}
     kinds: dict[str, set[str]] = {}
     for node in graph.nodes:
         if node.op != "call_function":
             continue
+        read = {(node.target, source) for source in node.all_input_nodes if source.op == "get_attr"}
         for path, kind in node.meta.get("module_stack", ()):
             if match := NUMBERED.fullmatch(path):
-                found.setdefault(match[1], {}).setdefault(int(match[2]), []).append(node)
-                kinds.setdefault(match[1], set()).add(kind)
-    return {path: members for path, members in found.items() if len(kinds[path]) == 1}
+                list_path, number = match[1] or "", int(match[2])
+                calls = found.setdefault(list_path, [])
+                if not calls or calls[-1].number != number or calls[-1].weights & read:
+                    calls.append(Call(number, [], set()))
+                calls[-1].nodes.append(node)
+                calls[-1].weights |= read
+                kinds.setdefault(list_path, set()).add(kind)
+    return {path: calls for path, calls in found.items() if len(kinds[path]) == 1}
 
 
-def _stack(flow: nx.DiGraph, order: dict[fx.Node, int], path: str, members: dict[int, list[fx.Node]]) -> Stack | None:
-    numbers = sorted(members)
-    if numbers != list(range(len(numbers))):
-        return None
-    inside = {node: number for number, nodes in members.items() for node in nodes}
-    ends = [node for node in members[numbers[-1]] if is_data(node) and any(user not in inside for user in node.users)]
+def _stack(flow: nx.DiGraph, order: dict[fx.Node, int], path: str, calls: Sequence[Call]) -> Stack | None:
+    inside = {node: place for place, call in enumerate(calls) for node in call.nodes}
+    ends = [node for node in calls[-1].nodes if is_data(node) and any(user not in inside for user in node.users)]
     for source in (node for node in flow if node.op == "placeholder"):
         dominators = nx.immediate_dominators(flow, source)
         for end in sorted((end for end in ends if end in dominators), key=order.__getitem__, reverse=True):
-            boundaries = _boundaries(_chain(dominators, source, end), inside, len(numbers))
+            boundaries = _boundaries(_chain(dominators, source, end), inside, len(calls))
             if boundaries is not None:
-                return Stack(path, boundaries, tuple(_bodies(flow, order, boundaries)))
+                numbers = tuple(call.number for call in calls)
+                return Stack(path, numbers, boundaries, tuple(_bodies(flow, order, boundaries)))
     return None
 
 
@@ -154,15 +171,10 @@ def _bodies(
         yield tuple(sorted(between, key=order.__getitem__))
 
 
-def _readers(node: fx.Node) -> Iterator[fx.Node]:
+def weight_readers(node: fx.Node) -> Iterator[fx.Node]:
     """Those that read a tensor, also by way of what makes a weight of it."""
     for user in node.users:
         if user.op == "call_function" and all(source.op == "get_attr" for source in user.all_input_nodes):
-            yield from _readers(user)
+            yield from weight_readers(user)
         else:
             yield user
-
-
-def _multiplies(node: fx.Node) -> bool:
-    name = getattr(node.target, "__name__", "")
-    return any(part in name for part in ("linear", "addmm", "mm", "matmul", "conv"))

@@ -98,7 +98,7 @@ class DropLayers(Pass):
         for stack in chosen:
             if stack.shared:
                 raise PassError(
-                    f"the blocks of {stack.path} share weights ({stack.shared[0]} is read several times): leaving one "
+                    f"the blocks of {stack.path} share weights ({stack.shared[0]} is read by several): leaving one "
                     "out would leave no weight out"
                 )
         return chosen

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from prequant.runtime import PrequantError, ops
 
+from .hide_outputs import hide
 from .program import Input, OutputTree, Program, ProgramInfo, Signature
 from .shapes import propagate_shapes
 
@@ -50,13 +51,15 @@ def multitask(programs: Sequence[Program]) -> Program:
     each one's flat results.
 
     Every input is ``[rows, ...]``; its first axis is named ``rows_<i>`` for all inputs of program i, other dynamic axes
-    keep their names, so that they have one size for all. The result is in eval mode, and planned where all programs
-    are; it shares every tensor. Raises :class:`PrequantError` for no program, and for one whose inputs are not all
-    ``[rows, ...]``.
+    keep their names, so that they have one size for all. Exposed values are left out. The result is in eval mode, and
+    planned where all programs are; it shares every tensor. Raises :class:`PrequantError` for no program, and for one
+    whose inputs are not all ``[rows, ...]``.
     """
     if not programs:
         raise PrequantError("no program to put together")
     evaluated = [program.copy().train(False) for program in programs]
+    for program in evaluated:
+        hide(program)
     tasks = [_Task(index, program) for index, program in enumerate(evaluated)]
     merged = _Merge(tasks).program()
     merged.planned = all(program.planned for program in programs)

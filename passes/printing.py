@@ -8,6 +8,7 @@ relu(%linear) %dequantize_default = dequantize<affine4:row>(second.weight.codes 
 f32], columns=16) %linear_1 = linear(%relu, %dequantize_default, second.bias [4 f32]) return {logits: %linear_1}
 
 Parameters that do not train say ``frozen``. Ops are ATen's unless they carry a format; ``.default`` is left out.
+Exposed values stand behind what is returned, one a line.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ def readable(program: Program) -> str:
             continue
         if node.op == "output":
             lines.append(f"  return {_outputs(program, signature.outputs, node)}")
+            flat = node.args[0]
+            lines += [f"  expose {_nest_text(program, at, flat)} as {name}" for name, at in signature.exposed.items()]
         else:
             lines.append(f"  %{node.name} = {node_text(program, node)}")
     return "\n".join(lines)

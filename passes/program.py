@@ -61,10 +61,14 @@ class Input:
 
 @dataclass(frozen=True)
 class Signature:
-    """How to call a Program: its inputs in order, and how its flat results are nested."""
+    """How to call a Program: its inputs in order, and how its flat results are nested.
+
+    ``exposed``: flat results beside these that :class:`prequant.passes.ExposeOutputs` added, by name.
+    """
 
     inputs: tuple[Input, ...]
     outputs: OutputTree
+    exposed: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -151,12 +155,19 @@ class Program(fx.GraphModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call like the model: inputs by position or name; the result is nested like the model's."""
-        inputs = self.bind(args, kwargs)
+        return self.call_with_exposed(*args, **kwargs)[0]
+
+    def call_with_exposed(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+        """What a call returns, and beside it the exposed values by name."""
+        flat = self._flat_results(self.bind(args, kwargs))
+        return self.nest_outputs(flat), {name: flat[index] for name, index in self.signature.exposed.items()}
+
+    def _flat_results(self, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
         if not (self.training or torch.compiler.is_compiling()) and (runner := self.runner) is not None:
             plan = runner.plan(self, inputs)
             if plan is not None:
-                return self.nest_outputs(plan(*inputs))
-        return self.nest_outputs(super().__call__(*inputs))
+                return plan(*inputs)
+        return cast("tuple[Any, ...]", super().__call__(*inputs))
 
     @property
     def planned(self) -> bool:

@@ -80,14 +80,15 @@ def _canonical(program: Program) -> str | None:
 
 @define_property("valid-signature")
 def _valid_signature(program: Program) -> str | None:
-    """The placeholders are the signature's inputs, in its order, and every output that it nests is there."""
+    """The placeholders are the signature's inputs, in its order, and every result that it names is there."""
     placeholders = tuple(str(node.target) for node in program.graph.find_nodes(op="placeholder"))
     if placeholders != program.signature.names:
         return f"the graph takes ({', '.join(placeholders)}), the signature says ({', '.join(program.signature.names)})"
     returned = program.graph.output_node().args[0]
     count = len(returned) if isinstance(returned, (list, tuple)) else 1
-    beyond = [index for index in leaves(program.signature.outputs) if not 0 <= index < count]
-    return f"the signature nests result {beyond[0]}, the graph returns {count}" if beyond else None
+    signature = program.signature
+    beyond = [index for index in (*leaves(signature.outputs), *signature.exposed.values()) if not 0 <= index < count]
+    return f"the signature names result {beyond[0]}, the graph returns {count}" if beyond else None
 
 
 @define_property("no-orphans")

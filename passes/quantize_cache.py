@@ -40,6 +40,8 @@ def quantize_cache(
     behind them scales ``[batch, heads, length, 1]`` float32 (as inputs, ``NAME_scale``). Raises :class:`PassError` for
     a graph in which they are something else.
     """
+    if program.signature.exposed:
+        raise PassError("the Program has exposed values, which a cache leaves no room for: hide-outputs comes first")
     program = program.copy()
     rewrite = _Rewrite(program, format)
     for node in program.graph.find_nodes(op="placeholder"):

@@ -213,16 +213,22 @@ class ModelProgram(TracedProgram):
         """
         if (names := kwargs.pop("adapters", None)) is not None:
             return self._call_by_rows(names, args, kwargs)
+        return self.call_with_exposed(*args, **kwargs)[0]
+
+    def call_with_exposed(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+        """What a call returns, and beside it the exposed values by name; see :class:`prequant.passes.ExposeOutputs`."""
         return_dict = kwargs.pop("return_dict", None)
         items = kwargs.pop(ITEMS, None) if self.accepts_loss_kwargs else None
         targets = {name: kwargs.pop(name) for name in self.labels if name in kwargs}
         targets = {name: value for name, value in targets.items() if value is not None}
         if "labels" in targets and DECODER_INPUT in self.signature.names and kwargs.get(DECODER_INPUT) is None:
             kwargs[DECODER_INPUT] = shift_right(targets["labels"], self.config)
-        outputs = super().__call__(*args, **kwargs)
+        outputs, exposed = super().call_with_exposed(*args, **kwargs)
         if targets and len(targets) == len(self.labels):
             outputs = self._with_loss(outputs, targets, items)
-        return outputs.to_tuple() if return_dict is False and isinstance(outputs, ModelOutput) else outputs
+        if return_dict is False and isinstance(outputs, ModelOutput):
+            outputs = outputs.to_tuple()
+        return outputs, exposed
 
     def _call_by_rows(self, names: Sequence[str | None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         from .adapters.rows import call_by_rows

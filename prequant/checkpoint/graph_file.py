@@ -2,8 +2,8 @@
 
 ::
 
-    {"signature": {"inputs": [{"name", "dtype", "shape"}], "outputs": tree}, "aliases": {name: [names]},
-     "stacks": [[[module path, class name], ...], ...],
+    {"signature": {"inputs": [{"name", "dtype", "shape"}], "outputs": tree, "exposed": {name: index}},
+     "aliases": {name: [names]}, "stacks": [[[module path, class name], ...], ...],
      "nodes": [{"name", "op", "target", "args", "kwargs", "stack": index, "attention_dropout": p}, ...]}
 
 Nodes stand in the order they run in, and refer only to those before them, so a cycle can't be written. ``op`` is
@@ -171,12 +171,13 @@ def _pick(stacks: list[tuple[tuple[str, str], ...]], entry: Record) -> tuple[tup
 
 
 def encode_signature(signature: Signature) -> dict[str, Any]:
-    """Inputs and nesting of outputs."""
+    """Inputs, nesting of outputs, and exposed values."""
     inputs = [
         {"name": item.name, "dtype": str(item.dtype).removeprefix("torch."), "shape": list(item.shape)}
         for item in signature.inputs
     ]
-    return {"inputs": inputs, "outputs": _encode_tree(signature.outputs)}
+    exposed = {"exposed": dict(signature.exposed)} if signature.exposed else {}
+    return {"inputs": inputs, "outputs": _encode_tree(signature.outputs), **exposed}
 
 
 def decode_signature(record: Record, graph: fx.Graph) -> Signature:
@@ -201,10 +202,18 @@ def decode_signature(record: Record, graph: fx.Graph) -> Signature:
         raise CheckpointError(f"{record.where}: 'outputs' is missing")
     outputs = _decode_tree(record.value["outputs"], record.where)
     results = len(graph.output_node().args[0])  # type: ignore[arg-type]
-    for index in leaves(outputs):
+    exposed = _decode_exposed(record.get("exposed", dict, {}), record.where)
+    for index in (*leaves(outputs), *exposed.values()):
         if not 0 <= index < results:
             raise CheckpointError(f"{record.where}: output {index}; the graph has {results} results")
-    return Signature(tuple(inputs), outputs)
+    return Signature(tuple(inputs), outputs, exposed)
+
+
+def _decode_exposed(values: dict[str, Any], where: str) -> dict[str, int]:
+    for name, index in values.items():
+        if not is_tensor_name(name) or type(index) is not int:
+            raise CheckpointError(f"{where}: exposed is {describe({name: index})} where a name and an index belong")
+    return values
 
 
 def _encode_tree(tree: OutputTree) -> Any:

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prequant.passes import BinaryCode, Canonicalize, Pipeline, Program, QuantizeWeights, SplitOutliers, lower
+from prequant.passes import (
+    BinaryCode,
+    Canonicalize,
+    ExposeOutputs,
+    Pipeline,
+    Program,
+    QuantizeWeights,
+    SplitOutliers,
+    lower,
+)
 from prequant.passes.multitask import multitask
 from prequant.runtime import PrequantError, ops
 from prequant.trace import trace
@@ -70,6 +79,14 @@ def test_each_task_gets_what_its_own_program_gives(name: str, form: str) -> None
             expected = task.forward(*batch) if not task.planned else _flat(task(*batch))
             for got, value in zip(result, expected, strict=True):
                 assert torch.equal(got, value)
+
+
+def test_exposed_values_are_left_out() -> None:
+    program = lower(FORMS["outliers"](traced("bert-sequence-classification")))
+    shown = ExposeOutputs(hidden_states=True, attention_scores=True)(program)
+    (batch,) = inputs_of("bert-sequence-classification", (2,))
+    expected, found = (multitask([each, each])(*batch, *batch) for each in (program, shown))
+    assert all(len(part) == 1 and torch.equal(*part, *other) for part, other in zip(found, expected, strict=True))
 
 
 def _flat(outputs: Any) -> tuple[Tensor, ...]:

@@ -63,7 +63,7 @@ def test_valid_signature() -> None:
     program = tiny_mlp_program()
     inputs = program.signature.inputs
     program.update_info(signature=Signature(inputs, {"logits": 0, "hidden": [1]}))
-    assert violation("valid-signature", program) == "the signature nests result 1, the graph returns 1"
+    assert violation("valid-signature", program) == "the signature names result 1, the graph returns 1"
     program.update_info(signature=Signature((), {"logits": 0}))
     assert violation("valid-signature", program) == "the graph takes (x), the signature says ()"
 

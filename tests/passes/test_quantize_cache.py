@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prequant.passes import Input, PassError, Program, Signature, propagate_shapes
+from prequant.passes import ExposeOutputs, Input, PassError, Program, Signature, propagate_shapes
 from prequant.passes.plan import compile_plan
 from prequant.passes.quantize_cache import quantize_cache
 from prequant.runtime import WeightFormat
@@ -136,3 +136,9 @@ def test_an_input_that_is_no_cache_is_refused() -> None:
     program = trace(nn.Linear(8, 8), {"input": torch.randn(2, 8)})
     with pytest.raises(PassError, match=r"the input 'input' is no cache \[batch, heads, length, depth\] of floats"):
         quantize_cache(program, ["input"], [], EIGHT)
+
+
+def test_exposed_values_are_refused() -> None:
+    program = ExposeOutputs(include=("*",))(step())
+    with pytest.raises(PassError, match=r"has exposed values, .*: hide-outputs comes first"):
+        quantize_cache(program, ["past"], [1, 2], EIGHT)

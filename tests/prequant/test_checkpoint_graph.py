@@ -184,6 +184,19 @@ GRAPHS: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {
         set_entry("signature", "outputs", value={"dict": {"logits": 5}}),
         ("output 5", "has 1 results"),
     ),
+    "an exposed value that the graph does not have": (
+        set_entry("signature", "exposed", value={"hidden_states.0": 5}),
+        ("output 5", "has 1 results"),
+    ),
+    "an exposed value that is no index": (
+        set_entry("signature", "exposed", value={"hidden_states.0": True}),
+        ("exposed is {'hidden_states.0': True}", "a name and an index"),
+    ),
+    "an exposed value with a name that is none": (
+        set_entry("signature", "exposed", value={"__class__": 0}),
+        ("exposed is {'__class__': 0}", "a name and an index"),
+    ),
+    "exposed values of another kind": (set_entry("signature", "exposed", value=[0]), ("exposed is [0] where dict",)),
     "outputs of another kind": (set_entry("signature", "outputs", value={"eval": "1"}), ("outputs hold",)),
     "a stack that is not there": (edit_node(NORM, stack=10_000), ("stack 10000",)),
     "a class to import": (

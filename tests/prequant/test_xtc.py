@@ -90,7 +90,7 @@ def test_scales_follow_their_weights_and_codes_are_what_trained(teacher: Path) -
     from prequant.training import finetune
 
     original = original_of(teacher)
-    recipe = XTC(bits=1, training=BUDGET)
+    recipe = XTC(bits=1, activation_bits=0, training=BUDGET)
     stage = recipe.stage(0, original, original, HEAD)
     student = cast(ModelProgram, stage.passes(original))
     exposed = cast(ModelProgram, ExposeOutputs(hidden_states=True, attention_scores=True)(original))

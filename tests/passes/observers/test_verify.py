@@ -112,7 +112,7 @@ def lost_output(program: Program) -> None:
         (other_type, r"the results were torch.float32 \[3, 5, 4\] and are now torch.float64 \[3, 5, 4\]"),
         (other_shape, r"the results were torch.float32 \[3, 5, 4\] and are now torch.float32 \[3, 4\]"),
         (fixed_axis, r"the axis 'length' is dynamic in the signature, but the graph only takes the size 5"),
-        (lost_output, r"valid-signature: the signature nests result 0, the graph returns 0"),
+        (lost_output, r"valid-signature: the signature names result 0, the graph returns 0"),
     ],
 )
 def test_a_pass_that_damages_the_program_is_named(damage: Callable[[Program], None], message: str) -> None:
