@@ -33,7 +33,7 @@ PRODUCTS = (
 SUMS = (aten.add.Tensor, aten.add_.Tensor)
 DIFFERENCES = (aten.sub.Tensor, aten.sub_.Tensor)
 SCALINGS = (aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor, aten.div_.Tensor, aten.mul.Scalar, aten.div.Scalar)
-CHOICES = (aten.where.self, aten.where.ScalarOther)
+CHOICES = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
 FILLS = (
     aten.masked_fill.Scalar,
     aten.masked_fill_.Scalar,
@@ -175,9 +175,13 @@ def _look(value: Any, found: _Sources, in_place: bool) -> bool:
         return True
     if target in SCALINGS:
         return any([_look(operand, found, in_place) for operand in args[:2]])
-    if target in CHOICES and _look(args[1], found, in_place):
-        _note(found, in_place, _both((aten.logical_not.default, args[0]), _is_low(args[2])))
-        return True
+    if target in CHOICES:
+        if _look(args[1], found, in_place):
+            _note(found, in_place, _both((aten.logical_not.default, args[0]), _is_low(args[2])))
+            return True
+        if _look(args[2], found, in_place):
+            _note(found, in_place, _both(args[0], _is_low(args[1])))
+            return True
     if target in FILLS and _look(args[0], found, in_place):
         _note(found, in_place, _both(args[1], _is_low(args[2])))
         return True

@@ -187,7 +187,7 @@ class _Output(NamedTuple):
 
 
 def _tensors(graph: fx.Graph) -> list[fx.Node]:
-    return [n for n in graph.nodes if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor)]
+    return [n for n in graph.nodes if n.op == "call_function" and isinstance(n.meta.get("val"), Tensor)]
 
 
 def _module_outputs(graph: fx.Graph) -> dict[str, _Output]:
@@ -211,8 +211,8 @@ def _matching(graph: fx.Graph, pattern: Pattern, outputs: Mapping[str, _Output])
         kind = pattern.removeprefix(TYPE_PREFIX)
         found = {path: output.node for path, output in outputs.items() if fnmatchcase(output.kind, kind)}
     else:
-        found = {path: output.node for path, output in outputs.items() if fnmatchcase(path, pattern)}
-        found |= {node.name: node for node in nodes if fnmatchcase(node.name, pattern)}
+        found = {node.name: node for node in nodes if fnmatchcase(node.name, pattern)}
+        found |= {path: output.node for path, output in outputs.items() if fnmatchcase(path, pattern)}
     if not found:
         Scope((pattern,)).split(nodes)
         raise PassError(f"the pattern {pattern!r} matches nothing that is read outside its module")

@@ -282,6 +282,7 @@ MASKINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "added, small": lambda scores, mask: scores + (1.0 - mask.float()) * -10000.0,
     "taken away": lambda scores, mask: scores - (1.0 - mask.float()) * 10000.0,
     "chosen": lambda scores, mask: torch.where(mask, scores, -math.inf),
+    "chosen the other way round": lambda scores, mask: torch.where(~mask, -math.inf, scores),
     "chosen from a tensor": lambda scores, mask: torch.where(mask, scores, torch.full((), LEAST)),
     "filled": lambda scores, mask: scores.masked_fill(~mask, -math.inf),
     "filled with a tensor": lambda scores, mask: scores.masked_fill(~mask, torch.full((), LEAST)),
@@ -527,11 +528,11 @@ def test_a_student_is_trained_frozen_lowered_and_saved_without_them(tmp_path: Pa
     losses = []
     for _ in range(4):
         _, found = student.call_with_exposed(**inputs)
-        loss = sum(nn.functional.mse_loss(value, teacher[name]) for name, value in found.items())
+        loss = torch.stack([nn.functional.mse_loss(value, teacher[name]) for name, value in found.items()]).sum()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[union-attr]
+        loss.backward()
         optimizer.step()
-        losses.append(float(loss.detach()))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
     packed = lower(Pipeline([HideOutputs(), Freeze()])(student.train(False), [Verify()]))
     assert not packed.signature.exposed and "expose" not in readable(packed)

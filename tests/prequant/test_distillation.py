@@ -68,7 +68,8 @@ class Seen:
     """Logits, states and scores before softmax of an eager BERT, by its own modules."""
 
     def __init__(self, model: Any, inputs: dict[str, Tensor]) -> None:
-        heads, self.scores, made = model.config.num_attention_heads, list[Tensor](), {}
+        heads, self.scores = model.config.num_attention_heads, list[Tensor]()
+        made: dict[str, Tensor] = {}
 
         def keep(name: str) -> Any:
             return lambda module, args, output: made.__setitem__(name, output)
