@@ -17,6 +17,7 @@ from .hide_outputs import HideOutputs
 from .lower import Lower, lower
 from .observers import Damage, Dump, Observer, Step, Timing, Verify
 from .options import Option, OptionError
+from .partition import Cut, Partitioned, partition
 from .pipeline import Pipeline
 from .plan import Plan
 from .printing import readable
@@ -39,6 +40,7 @@ __all__ = [
     "Canonicalize",
     "ComposeOps",
     "ConfigError",
+    "Cut",
     "Damage",
     "DropLayers",
     "Dump",
@@ -52,6 +54,7 @@ __all__ = [
     "Observer",
     "Option",
     "OptionError",
+    "Partitioned",
     "Pass",
     "PassDescription",
     "PassError",
@@ -83,6 +86,7 @@ __all__ = [
     "known_passes",
     "lower",
     "parse_pass",
+    "partition",
     "propagate_shapes",
     "readable",
     "weight_sites",

@@ -140,9 +140,12 @@ def _stack(flow: nx.DiGraph, order: dict[fx.Node, int], path: str, calls: Sequen
         dominators = nx.immediate_dominators(flow, source)
         for end in sorted((end for end in ends if end in dominators), key=order.__getitem__, reverse=True):
             boundaries = _boundaries(_chain(dominators, source, end), inside, len(calls))
-            if boundaries is not None:
-                numbers = tuple(call.number for call in calls)
-                return Stack(path, numbers, boundaries, tuple(_bodies(flow, order, boundaries)))
+            if boundaries is None:
+                continue
+            bodies = tuple(_bodies(flow, order, boundaries))
+            # What a block makes for all (of the encoder's states, by a quantizer) parts them as well, but not by block.
+            if all(inside.get(node, place) == place for place, body in enumerate(bodies) for node in body):
+                return Stack(path, tuple(call.number for call in calls), boundaries, bodies)
     return None
 
 

@@ -331,6 +331,11 @@ class Program(fx.GraphModule):
         self.update_info(aliases=left)
         return dropped
 
+    @property
+    def written_class(self) -> type[Program]:
+        """The class to construct: every GraphModule has one of its own, for its generated code, below the written."""
+        return next(kind for kind in type(self).__mro__ if not kind.__qualname__.endswith("GraphModuleImpl"))
+
     def copy(self) -> Program:
         """A Program with its own graph and module tree over the *same* tensors, without those that no node reads.
 
@@ -341,10 +346,7 @@ class Program(fx.GraphModule):
         result = graph.graph_copy(self.graph, values)
         output = graph.output(result)
         output.meta = dict(self.graph.output_node().meta)
-        # Every GraphModule has a class of its own (for its generated code); the one to construct is the first that we
-        # wrote.
-        written = next(kind for kind in type(self).__mro__ if not kind.__qualname__.endswith("GraphModuleImpl"))
-        copied = cast(Program, written(self, graph))
+        copied = self.written_class(self, graph)
         copied.meta = dict(self.meta)
         return copied
 
