@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -74,8 +74,7 @@ def chained(modules: Sequence[Program], origin: Origin) -> Program:
     for number, module in enumerate(modules):
         result = graph.call_module(f"module_{number}", tuple(values[name] for name in module.signature.names))
         if number < len(modules) - 1:
-            outputs = module.signature.outputs
-            values.update({name: graph.call_function(operator.getitem, (result, name)) for name in outputs})
+            values.update({name: graph.call_function(operator.getitem, (result, name)) for name in _named(module)})
     paths = dict(_paths(origin.signature.outputs))
     flat: list[Any] = [None] * (max(paths, default=-1) + 1)
     for index, path in paths.items():
@@ -84,6 +83,11 @@ def chained(modules: Sequence[Program], origin: Origin) -> Program:
             flat[index] = graph.call_function(operator.getitem, (flat[index], key))
     graph.output(tuple(flat))
     return origin.written_class({f"module_{n}": module for n, module in enumerate(modules)}, graph, origin.info)
+
+
+def _named(module: Program) -> dict[str, int]:
+    """Which result of a module is what the next one takes by that name."""
+    return cast("dict[str, int]", module.signature.outputs)
 
 
 def _paths(tree: OutputTree, path: tuple[Any, ...] = ()) -> Iterator[tuple[int, tuple[Any, ...]]]:
@@ -237,12 +241,10 @@ class _Join:
             after[0].prepend(made)
 
     def _results(self, module: Program, results: Any, output: fx.Node) -> None:
-        outputs = module.signature.outputs
         if module is self.last:
             self.graph.output(results).meta = dict(output.meta)
         else:
-            assert isinstance(outputs, dict)
-            self.values.update({name: results[index] for name, index in outputs.items()})
+            self.values.update({name: results[index] for name, index in _named(module).items()})
 
 
 def _is_stored(node: fx.Node) -> bool:

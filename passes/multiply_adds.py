@@ -76,9 +76,8 @@ def _shape(node: fx.Node, value: Any, known: Mapping[Any, int]) -> tuple[int, ..
     value = value.meta.get("val") if isinstance(value, fx.Node) else value
     if not isinstance(value, Tensor):
         return ()
-    sizes: list[Any] = [
-        size.node.expr.xreplace(known) if isinstance(size, torch.SymInt) else size for size in value.shape
-    ]
+    shape: Any = value.shape
+    sizes: list[Any] = [size.node.expr.xreplace(known) if isinstance(size, torch.SymInt) else size for size in shape]
     if any(not isinstance(size, int) and not size.is_number for size in sizes):
         raise PassError(f"what %{node.name} computes hangs on the data", node=node)
     return tuple(map(int, sizes))

@@ -1,88 +1,46 @@
-"""Programs cut into chains of modules, what crosses a cut, and the chain as one Program again."""
+"""Programs cut into chains of modules, and what crosses a cut."""
 
-from collections.abc import Callable
-from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from prequant.checkpoint import load
 from prequant.passes import (
-    Canonicalize,
     Input,
-    Partitioned,
     PassError,
     Pipeline,
     Program,
     QuantizeActivations,
     QuantizeWeights,
-    Signature,
-    SplitOutliers,
     Train,
+    calibrate,
     lower,
     partition,
     readable,
 )
-from prequant.passes.balance import best_cuts
+from prequant.runtime import Granularity
 from prequant.trace import trace
 
-from ..models import FAMILIES, random_inputs, small_model, traced
+from ..models import FAMILIES, traced
+from .chains import (
+    CUT,
+    DEEP,
+    F32,
+    FOURS,
+    SOME,
+    T5,
+    WEIGHTS_AND_INPUTS,
+    assert_runs_as,
+    assert_same,
+    assert_same_tensors,
+    blocks,
+    canonical,
+    deep,
+    most,
+    tower,
+)
 from .support import tiny_mlp_program
-
-F32 = torch.float32
-T5 = "t5-seq2seq-lm"
-FOURS = Pipeline([QuantizeWeights(bits=4)])
-WEIGHTS_AND_INPUTS = Pipeline([SplitOutliers(ratio=0.02), QuantizeWeights(bits=8), QuantizeActivations()])
-CUT = [
-    *(
-        f"{name}-{head}"
-        for name in ("bert", "roberta", "distilbert", "electra", "mpnet")
-        for head in ("masked-lm", "encoder")
-    ),
-    *("t5-encoder", T5, "gpt2-causal-lm", "opt-causal-lm", "llama-causal-lm", "qwen2-causal-lm"),
-]
-"""The families that have two blocks and more."""
-SOME = ["bert-masked-lm", T5, "gpt2-causal-lm", "qwen2-causal-lm"]
-DEEP: dict[str, tuple[str, str, dict[str, int]]] = {
-    "bert": ("Bert", "ForSequenceClassification", {"num_hidden_layers": 5}),
-    "gpt2": ("GPT2", "LMHeadModel", {"n_layer": 5}),
-    "llama": ("Llama", "ForCausalLM", {"num_hidden_layers": 4}),
-    "t5": ("T5", "ForConditionalGeneration", {"num_layers": 3, "num_decoder_layers": 3}),
-}
-
-
-@cache
-def canonical(name: str) -> Program:
-    return Canonicalize()(traced(name))
-
-
-@cache
-def deep(name: str) -> tuple[Program, Callable[..., dict[str, Tensor]]]:
-    prefix, head, options = DEEP[name]
-    model = small_model(prefix, head, **options)
-    return Canonicalize()(trace(model, random_inputs(model, 1, 4))), partial(random_inputs, model)
-
-
-def most(program: Program) -> int:
-    """How many blocks a family's Program has."""
-    return 4 if "decoder_input_ids" in program.signature.names else 2
-
-
-def assert_same(actual: Any, expected: Any) -> None:
-    assert type(actual) is type(expected) and actual.keys() == expected.keys()
-    for name in expected:
-        assert torch.equal(actual[name], expected[name]), name
-
-
-def assert_runs_as(chain: Any, program: Program, make_inputs: Callable[..., dict[str, Tensor]]) -> None:
-    for batch, length in ((1, 5), (2, 7), (3, 12)):
-        inputs = make_inputs(batch, length, padded=True)
-        with torch.no_grad():
-            assert_same(chain(**inputs), program(**inputs))
-
 
 # ---- the chain is the whole ------------------------------------------------------------------------------------------
 
@@ -104,7 +62,7 @@ def test_the_chain_gives_what_the_whole_gives_and_joins_to_its_graph(name: str) 
 def test_deeper_models_in_more_modules(name: str, modules: int) -> None:
     program, make_inputs = deep(name)
     for balance in ("parameters", "flops"):
-        parts = partition(program, modules, balance=balance)  # type: ignore[arg-type]
+        parts = partition(program, modules, balance=balance)
         assert_runs_as(parts, program, make_inputs)
         assert readable(parts.whole()) == readable(program)
 
@@ -117,6 +75,16 @@ def test_quantized_and_lowered_programs_are_cut_as_well(name: str) -> None:
         assert_runs_as(parts, program, make_inputs)
         assert all(module.planned == program.planned for module in parts.modules)
         assert readable(parts.whole()) == readable(program)
+
+
+def test_what_a_block_quantizes_for_all_is_no_border() -> None:
+    program, make_inputs = canonical(T5), FAMILIES[T5]().make_inputs
+    static = Pipeline([QuantizeWeights(bits=8), QuantizeActivations(dynamic=False, granularity=Granularity.TENSOR)])
+    quantized = calibrate(static(program), [make_inputs(3, 9, padded=True)], progress=False)
+    parts = partition(quantized, 4)
+    assert [cut.border for cut in parts.cuts] == [cut.border for cut in partition(program, 4).cuts]
+    assert_runs_as(parts, quantized, make_inputs)
+    assert readable(parts.whole()) == readable(quantized)
 
 
 def test_the_chain_drops_out_what_the_whole_drops_out() -> None:
@@ -217,127 +185,7 @@ def test_a_module_trains_by_itself() -> None:
         assert_same(student(**inputs), whole(**inputs))
 
 
-# ---- module by module, then joined -----------------------------------------------------------------------------------
-
-
-def assert_same_tensors(actual: Program, expected: Program, shared: bool = False) -> None:
-    ours, theirs = (dict((*program.named_parameters(), *program.named_buffers())) for program in (actual, expected))
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert ours[name] is value if shared else torch.equal(ours[name], value), name
-        assert isinstance(ours[name], nn.Parameter) == isinstance(value, nn.Parameter)
-
-
-@pytest.mark.parametrize("name", SOME)
-@pytest.mark.parametrize("pipeline", [FOURS, WEIGHTS_AND_INPUTS], ids=["weights", "weights-and-inputs"])
-def test_modules_quantized_one_by_one_join_to_the_quantized_whole(name: str, pipeline: Pipeline) -> None:
-    program, make_inputs = canonical(name), FAMILIES[name]().make_inputs
-    expected, parts = pipeline(program), partition(program, most(program))
-    parts = parts.with_modules([pipeline(module) for module in parts.modules])
-    whole = parts.whole()
-    assert_same_tensors(whole, expected)
-    assert_runs_as(parts, expected, make_inputs)
-    assert_runs_as(whole, expected, make_inputs)
-    assert (type(whole).__name__, whole.signature) == (type(expected).__name__, expected.signature)
-    assert whole.info.aliases == expected.info.aliases and whole.info.extra is program.info.extra
-    assert len(whole.reports) == len(program.reports) + len(parts) * len(pipeline.passes)
-    packed = parts.with_modules([lower(module) for module in parts.modules])
-    assert packed.whole().planned and not whole.planned
-    assert_runs_as(packed, lower(expected), make_inputs)
-    assert_runs_as(packed.whole(), lower(expected), make_inputs)
-    assert_runs_as(lower(whole), lower(expected), make_inputs)
-
-
-def test_what_was_joined_is_saved_and_loaded(tmp_path: Path) -> None:
-    program, make_inputs = deep("bert")
-    parts = partition(program, 3)
-    whole = parts.with_modules([lower(FOURS(module)) for module in parts.modules]).whole()
-    whole.save_pretrained(tmp_path)  # type: ignore[attr-defined]
-    assert_runs_as(load(tmp_path), whole, make_inputs)
-
-
-def test_a_shared_tensor_that_differs_can_not_be_joined() -> None:
-    parts = partition(canonical("bert-masked-lm"), 2)
-    weight = "bert.embeddings.word_embeddings.weight"
-    changed = parts.modules[1].copy()
-    changed.set_tensor(weight, changed.tensor(weight).detach() + 1)
-    with pytest.raises(PassError, match=f"the modules 0 and 1 have different values of '{weight}'"):
-        parts.with_modules([parts.modules[0], changed]).whole()
-    with pytest.raises(PassError, match=rf"module 1 has '{weight}', and module 0 '{weight}.codes'"):
-        parts.with_modules([FOURS(parts.modules[0]), parts.modules[1]]).whole()
-
-
 # ---- where it cuts ---------------------------------------------------------------------------------------------------
-
-
-class Layer(nn.Module):
-    def __init__(self, inner: int) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(4, inner, bias=False), nn.Linear(inner, 4, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
-
-
-class Tower(nn.Module):
-    """Layers of 8, 40, 16, 24 and 8 weights, behind 16 and before 8 more."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter, self.leave = nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False)
-        self.layers = nn.ModuleList(map(Layer, (1, 5, 2, 3, 1)))
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        x = self.enter(x)
-        for layer in self.layers:
-            x = layer(x)
-        return {"y": self.leave(x)}
-
-
-@cache
-def tower() -> Program:
-    program = Canonicalize()(trace(Tower().eval(), {"x": torch.zeros(3, 4)}))
-    program.update_info(signature=Signature((Input("x", F32, ("rows", 4)),), {"y": 0}))
-    return program
-
-
-def blocks(parts: Partitioned) -> list[int]:
-    return [cut.blocks for cut in parts.cuts]
-
-
-@pytest.mark.parametrize(
-    ("modules", "cuts", "costs"),
-    [
-        (1, [], (120,)),
-        (2, [2], (64, 56)),
-        (3, [1, 3], (24, 56, 40)),
-        (4, [1, 2, 4], (24, 40, 40, 16)),
-        (5, [1, 2, 3, 4], (24, 40, 16, 24, 16)),
-    ],
-)
-def test_the_largest_module_is_as_small_as_it_can_be(modules: int, cuts: list[int], costs: tuple[int, ...]) -> None:
-    parts = partition(tower(), modules)
-    assert (blocks(parts), parts.costs) == (cuts, costs)
-    rows = partition(tower(), modules, balance="flops", sizes={"rows": 7})
-    assert (blocks(rows), rows.costs) == (cuts, tuple(7 * cost for cost in costs))
-
-
-def test_the_measured_costs_of_blocks_decide_where_they_are_given() -> None:
-    parts = partition(tower(), 2, costs=[0.5, 0.1, 0.1, 0.1, 0.1])
-    assert blocks(parts) == [1] and parts.costs == pytest.approx((0.5, 0.4))
-
-
-def test_borders_without_a_block_between_them_are_not_both_cuts() -> None:
-    assert best_cuts([0, 0, 1, 1, 2, 2], 2, lambda start, stop: stop - start) == (3,)
-
-
-def test_multiply_adds_are_those_of_linears_and_attention() -> None:
-    simulated = FOURS(canonical("bert-masked-lm"))
-    block = 12 * (4 * 32 * 32 + 2 * 32 * 48) + 2 * 4 * 6 * 6 * (8 + 8)
-    head = 12 * (32 * 32 + 32 * 97)
-    for program in (simulated, lower(simulated)):
-        parts = partition(program, 2, balance="flops", sizes={"batch": 2, "length": 6})
-        assert parts.costs == (block, block + head)
 
 
 @pytest.mark.parametrize("boundaries", [[1, 4], ["layers.1", "layers.4"], [4, "layers.1"]])
