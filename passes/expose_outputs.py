@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, NamedTuple
 
-import torch
-from torch import fx
+from torch import Tensor, fx
 
 from .aliasing import mutated, storage_source
 from .attention_scores import Attention, attentions, expose_scores

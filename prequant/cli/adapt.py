@@ -39,7 +39,8 @@ def adapt(
 
     from prequant.adapt import adapt as run
     from prequant.adapt import load_base, recipe_for
-    from prequant.recipes import recipe_type
+    from prequant.recipes import TuningRecipe, recipe_type
+    from prequant.runtime import PrequantError
     from prequant.tasks import task as find_task
 
     from .settings import assignments, trained_with, with_fields
@@ -48,6 +49,8 @@ def adapt(
     rates = (learning_rate, head_learning_rate, scale_learning_rate)
     training = trained_with(chosen.training, epochs, batch_size, rates, dropout, max_steps, seed)
     chosen = with_fields(replace(chosen, training=training), assignments(set_))
+    if not isinstance(chosen, TuningRecipe):
+        raise PrequantError(f"the recipe {chosen.name!r} trains whole models: it tunes nothing on a base")
     report = run(base, find_task(task), data, out, chosen, max_length=max_length, progress=not quiet)
     show(report.table())
     show(f"saved to {out}")
