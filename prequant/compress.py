@@ -32,9 +32,10 @@ from prequant.model import ModelProgram
 from prequant.passes import ExposeOutputs
 from prequant.passes.latent_scales import following
 from prequant.quiet import no_progress_bars
-from prequant.recipes import Recipe, Stage
+from prequant.recipes import Recipe, Stage, TuningRecipe
 from prequant.report import LATENCY_BATCH, CompressionReport, ModelFigures
 from prequant.report_file import write_report
+from prequant.runtime import PrequantError
 from prequant.sources import (
     SourceError,
     canonical_program,
@@ -106,7 +107,7 @@ def compress(
     data: str | Path | None,
     out: str | Path,
     *,
-    baseline: str = TRAIN,
+    baseline: str | None = None,
     baseline_training: TrainingSettings | None = None,
     adapter: str | Path | None = None,
     max_length: int = 128,
@@ -118,15 +119,17 @@ def compress(
     ``data`` as in :func:`prequant.tasks.data.read_splits`. ``baseline``: ``"train"`` fine-tunes the float model on the
     same data, from the same head, with ``baseline_training`` (default: the recipe's epochs, batch size and seed with
     ``TrainingSettings``' learning rate); ``"given"`` takes it as it is; ``"none"`` compares with nothing; a path is a
-    model fine-tuned before. ``adapter``: a file to write what was trained to, so that the task can be chosen again
-    where the folder serves other tasks as well. Figures of the compressed model are those of the saved folder, loaded
-    again. Its ``prequant-report.json`` has every figure, setting and version; model and report appear in ``out``
-    together, after all is measured, or not at all. Raises :class:`PrequantError` for input that can't be used, before
-    anything trains.
+    model fine-tuned before. By default it is trained, but taken as it is where the recipe distils: it is the teacher.
+    ``adapter``: a file to write what was trained to, so that the task can be chosen again where the folder serves other
+    tasks as well; of recipes that tune. Figures of the compressed model are those of the saved folder, loaded again.
+    Its ``prequant-report.json`` has every figure, setting and version; model and report appear in ``out`` together,
+    after all is measured, or not at all. Raises :class:`PrequantError` for input that can't be used, before anything
+    trains.
     """
     with nullcontext() if progress else no_progress_bars():
         own = None if adapter is None else Path(adapter)
-        return _compress(source, recipe, task, data, Path(out), baseline, baseline_training, own, max_length, progress)
+        kind = baseline or (GIVEN if recipe.distils else TRAIN)
+        return _compress(source, recipe, task, data, Path(out), kind, baseline_training, own, max_length, progress)
 
 
 def _compress(
@@ -144,6 +147,8 @@ def _compress(
     check_output(out, source, baseline)
     if adapter is not None:
         check_adapter_path(adapter)
+        if not isinstance(recipe, TuningRecipe):
+            raise PrequantError(f"the recipe {recipe.name!r} trains whole models, of which there is no adapter")
     task.check_metrics()
     tokenizer = load_tokenizer(source)
     model, fresh = load_for(source, task, recipe.training.seed, tokenizer)

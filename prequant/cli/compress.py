@@ -16,7 +16,7 @@ def compress(
     model: options.Model,
     out: options.Out,
     task: options.TaskName,
-    recipe: Annotated[str, typer.Option(help="The method: prequant or alphatuning.")] = "prequant",
+    recipe: Annotated[str, typer.Option(help="The method: prequant, alphatuning or xtc.")] = "prequant",
     data: options.Data = None,
     bits: Annotated[int | None, typer.Option(help="Bits per weight, 1 to 8.", show_default="the recipe's")] = None,
     granularity: Annotated[
@@ -30,15 +30,20 @@ def compress(
         float | None,
         typer.Option(help="Share of the weights kept as trainable outliers.", show_default="the recipe's"),
     ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Numbers of the layers to keep, counted from 0: 1,3,5.", show_default="all of them"),
+    ] = None,
     set_: options.Set = [],  # noqa: B006
     train: Annotated[bool, typer.Option("--train/--no-train", help="Whether stage 2 trains.")] = True,
     baseline: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="What to compare with: the float model fine-tuned on the same budget (train) or as it is (given), "
-            "the folder of one fine-tuned before, or none."
+            "the folder of one fine-tuned before, or none.",
+            show_default="train; given where the model is the teacher",
         ),
-    ] = "train",
+    ] = None,
     baseline_learning_rate: Annotated[
         float | None, typer.Option(help="Peak learning rate of the float model.", show_default="5e-5")
     ] = None,
@@ -68,6 +73,8 @@ def compress(
 
     given = {"bits": bits, "granularity": granularity, "strategy": strategy, "outlier_ratio": outlier_ratio}
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if keep is not None:
+        settings["keep"] = f"[{keep}]"  # as YAML has lists
     settings |= assignments(set_)
     if not train:
         settings["train"] = ()

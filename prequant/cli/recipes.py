@@ -14,11 +14,12 @@ def recipes() -> None:
     from prequant.recipes import RECIPES
 
     from .listing import listing
+    from .settings import TRAININGS
 
     def summary(kind: type) -> str:
         return " ".join(cleandoc(kind.__doc__ or "").split("\n\n")[0].split())
 
     options = {
-        name: [option for option in options_of(kind) if option.name != "training"] for name, kind in RECIPES.items()
+        name: [option for option in options_of(kind) if option.name not in TRAININGS] for name, kind in RECIPES.items()
     }
     show(listing((name, summary(kind), options[name]) for name, kind in RECIPES.items()))

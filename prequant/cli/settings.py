@@ -14,6 +14,9 @@ from prequant.recipes import Recipe
 from prequant.runtime import PrequantError
 from prequant.training import TrainingSettings
 
+TRAININGS = ("training", "reduction")
+"""Fields of recipes that other options of the command line fill in."""
+
 
 def trained_with(
     training: TrainingSettings,
@@ -54,7 +57,7 @@ def _assignment(text: str) -> tuple[str, str]:
 
 def with_fields(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     """The recipe with fields set from values, or from text as YAML reads it: ``[a, b]`` is a list."""
-    known = [option.name for option in options_of(type(recipe)) if option.name != "training"]
+    known = [option.name for option in options_of(type(recipe)) if option.name not in TRAININGS]
     fields = {}
     for name, value in settings.items():
         if name not in known:

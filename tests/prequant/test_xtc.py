@@ -7,12 +7,14 @@ from typing import Any, cast
 import pytest
 import torch
 import transformers
+from typer.testing import CliRunner
 
 import prequant
+from prequant.cli import app
 from prequant.compress import GIVEN, compress
 from prequant.model import ModelProgram
 from prequant.passes import Program, weights
-from prequant.recipes import XTC
+from prequant.recipes import XTC, PreQuant
 from prequant.runtime import Granularity, PrequantError
 from prequant.sources import SourceError, canonical_program, head_of, load_for
 from prequant.training import TrainingSettings
@@ -158,3 +160,21 @@ def test_a_teacher_without_a_head_is_refused(tmp_path: Path) -> None:
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PrequantError, match=message):
         XTC(**options)
+
+
+def test_the_command(teacher: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data.tsv")
+    words = ["compress", teacher, "--recipe", "xtc", "--keep", "1,3", "--bits", "2", "--task", "sst2", "--data", data]
+    budget = ["--max-steps", 2, "--batch-size", 4, "--max-length", LENGTH, "--out", tmp_path / "out", "--quiet"]
+    result = CliRunner().invoke(app, [str(word) for word in (*words, *budget)], env={"COLUMNS": "120"})
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    said = json.loads((tmp_path / "out" / "prequant-report.json").read_text())["settings"]
+    assert (said["recipe"]["keep"], said["recipe"]["bits"], said["baseline"]) == ([1, 3], 2, "given")
+
+
+def test_a_base_is_not_tuned_by_it(tmp_path: Path) -> None:
+    base = save_folder(tmp_path / "base", "Bert", "ForSequenceClassification")
+    compress(base, PreQuant(training=BUDGET), SST2, "sample", tmp_path / "packed", max_length=LENGTH, progress=False)
+    words = ["adapt", tmp_path / "packed", "--task", "sst2", "--recipe", "xtc", "--out", tmp_path / "file"]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 2 and "'xtc' trains whole models" in result.stderr
