@@ -155,10 +155,10 @@ def partition(
 def _stacks(program: Program) -> tuple[Stack, ...]:
     if stacks := find_stacks(program):
         return stacks
-    for path, members in numbered(program.graph).items():
-        if len(members) > 1:
+    for path, calls in numbered(program.graph).items():
+        if (count := len({call.number for call in calls})) > 1:
             raise PassError(
-                f"the {len(members)} blocks {path!r} can't be parted: each gives the next more than one value, and "
+                f"the {count} blocks {path!r} can't be parted: each gives the next more than one value, and "
                 "should give one"
             )
     raise PassError("the Program has no blocks to cut between: modules of one class, numbered one after the other")

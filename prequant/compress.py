@@ -185,12 +185,14 @@ def _compress(
         results.append(bench.train(program, stage, head, original))
     result = combined(results)
     program = recipe.finish()(program)
+    assert isinstance(program, ModelProgram)
     with replacing(out, is_ours) as staging:
         save(program, staging, tokenizer)
         saved = load(staging)
         assert isinstance(saved, ModelProgram)
         score = bench.score(saved)
-        ours = ModelFigures(score.scores, weight_bytes(staging), parameters, sum(trains.values()), math.nan, result)
+        count = parameters if isinstance(recipe, TuningRecipe) else _uncompressed_parameters(program)
+        ours = ModelFigures(score.scores, weight_bytes(staging), count, sum(trains.values()), math.nan, result)
         models, known = zip(*(*compared, (saved, ours)), strict=True)
         figures = [replace(one, latency=latency) for one, latency in zip(known, bench.latencies(models), strict=True)]
         report = CompressionReport(
@@ -198,7 +200,8 @@ def _compress(
             examples=score.examples,
             baseline=figures[0] if compared else None,
             compressed=figures[-1],
-            weights=weight_rows(saved, original),
+            # Where all of a model trains, or layers have other numbers, errors of weights say nothing.
+            weights=weight_rows(saved, original if isinstance(recipe, TuningRecipe) else None),
             settings={
                 "model": str(source),
                 "task": task.name,
@@ -218,6 +221,11 @@ def _compress(
             about = {"task": task.name, "kind": task.kind, "scores": score.scores, "settings": report.settings}
             write_adapter(adapter, adapter_of(saved, saved, plain(about), always=map(stored_name, trains)))
     return report
+
+
+def _uncompressed_parameters(program: ModelProgram) -> int:
+    """Parameters of a model before its weights were compressed, as the choice of what trains counted them."""
+    return next(int(report.totals["model"]) for report in reversed(program.reports) if "model" in report.totals)
 
 
 def default_baseline_training(training: TrainingSettings) -> TrainingSettings:

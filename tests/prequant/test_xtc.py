@@ -121,10 +121,12 @@ def test_the_whole_job(teacher: Path, tmp_path: Path, options: dict[str, Any]) -
     report = compress(teacher, recipe, SST2, data, out, baseline=GIVEN, max_length=LENGTH, progress=False)
     assert report.compressed.training is not None
     assert report.compressed.training.steps == 4 * recipe.stages
+    layers = 4 if options == {"bits": 2} else 2
+    config = transformers.AutoConfig.from_pretrained(teacher, num_hidden_layers=layers)
+    plain = transformers.AutoModelForSequenceClassification.from_config(config)
+    assert report.compressed.parameters == sum(p.numel() for p in plain.parameters())
     program = prequant.load(out)
-    assert isinstance(program, ModelProgram) and program.config.num_hidden_layers == (
-        4 if options == {"bits": 2} else 2
-    )
+    assert isinstance(program, ModelProgram) and program.config.num_hidden_layers == layers
     said = json.loads((out / "prequant-report.json").read_text())["settings"]["recipe"]
     assert said["recipe"] == "xtc" and said["bits"] == options["bits"]
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(out).eval()
