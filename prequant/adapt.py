@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,9 @@ def _adapt(
     trained = dict(program.reports[-1].totals)
     rows = task.load(data)
     train = task.encode(rows["train"], tokenizer, max_length, progress)
-    result = finetune(program, train, task.collator(tokenizer), recipe.training, headed.head, progress)
+    limits, collate = Limits(max_length), task.collator(tokenizer)
+    evaluate = partial(task.goodness, program, rows["validation"], tokenizer, limits)
+    result = finetune(program, train, collate, recipe.training, headed.head, progress, evaluate=evaluate)
     tuned = Pipeline([Freeze(outlier_dtype=_outlier_dtype(base)), *speed_passes()])(program)
     assert isinstance(tuned, ModelProgram)
     settings = {
@@ -115,7 +118,7 @@ def _adapt(
         **asdict(recipe.training),
     }
     adapter = adapter_of(base, tuned)
-    score = task.evaluate(variant(base, adapter), rows["validation"], tokenizer, Limits(max_length), progress)
+    score = task.evaluate(variant(base, adapter), rows["validation"], tokenizer, limits, progress)
     about = {
         "task": task.name,
         "kind": task.kind,

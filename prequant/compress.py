@@ -6,7 +6,7 @@ import copy
 import math
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -76,7 +76,11 @@ class _Workbench:
 
     def finetune(self, model: nn.Module, training: TrainingSettings, head: Sequence[str]) -> TrainingResult:
         """Train on the training set."""
-        return finetune(model, self.train_rows, self.task.collator(self.tokenizer), training, head, self.progress)
+        collate, evaluate = self.task.collator(self.tokenizer), self._evaluation(model)
+        return finetune(model, self.train_rows, collate, training, head, self.progress, evaluate=evaluate)
+
+    def _evaluation(self, model: nn.Module) -> Callable[[], float]:
+        return partial(self.task.goodness, model, self.validation, self.tokenizer, self.limits)
 
     def train(self, program: ModelProgram, stage: Stage, head: Sequence[str], original: ModelProgram) -> TrainingResult:
         """Train a program as a stage of a recipe says."""
@@ -87,7 +91,8 @@ class _Workbench:
             model, head = Distiller(program, teacher, stage.layers), [f"{STUDENT}.{name}" for name in head]
         renew = following(program).renew if stage.scales_follow else None
         collate = self.task.collator(self.tokenizer)
-        return finetune(model, self.train_rows, collate, stage.training, head, self.progress, renew)
+        evaluate = self._evaluation(program)
+        return finetune(model, self.train_rows, collate, stage.training, head, self.progress, renew, evaluate)
 
     def latencies(self, models: Sequence[nn.Module]) -> list[float]:
         """Seconds for one batch, each model's, measured in turns."""
@@ -238,6 +243,7 @@ def default_baseline_training(training: TrainingSettings) -> TrainingSettings:
         seed=training.seed,
         warmup=training.warmup,
         max_grad_norm=training.max_grad_norm,
+        eval_steps=training.eval_steps,
         learning_rate=usual.learning_rate,
         weight_decay=usual.weight_decay,
     )

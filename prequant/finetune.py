@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from prequant.checkpoint.atomic import replacing
@@ -41,8 +42,11 @@ def finetune_baseline(
         check_length(model.config, max_length)
         rows = task.load(data)
         train = task.encode(rows["train"], tokenizer, max_length, progress)
-        result = finetune(model, train, task.collator(tokenizer), training, head_of(model, task), progress)
-        score = task.evaluate(model, rows["validation"], tokenizer, Limits(max_length), progress)
+        limits = Limits(max_length)
+        evaluate = partial(task.goodness, model, rows["validation"], tokenizer, limits)
+        collate, head = task.collator(tokenizer), head_of(model, task)
+        result = finetune(model, train, collate, training, head, progress, evaluate=evaluate)
+        score = task.evaluate(model, rows["validation"], tokenizer, limits, progress)
         content = {
             "metric_name": score.metric_name,
             "metric": score.metric,

@@ -47,7 +47,9 @@ class TrainingSettings:
     ``max_steps`` above 0 overrides ``epochs``.
     ``weight_decay`` acts on matrices (embeddings are some); never on biases, layer norms, or the trainable parts of a
     compressed weight. ``dropout``: whether the model drops what its configuration says; where few parameters train,
-    there is little to overfit with. Raises :class:`TrainingError` for values out of range.
+    there is little to overfit with. ``eval_steps`` above 0: every so many steps, and at the end, the model is scored on
+    the validation set, and the best of these states is what stays (of equal ones the first); else it is the last.
+    Raises :class:`TrainingError` for values out of range.
     """
 
     epochs: float = 3.0
@@ -61,6 +63,7 @@ class TrainingSettings:
     max_steps: int = -1
     seed: int = 42
     dropout: bool = True
+    eval_steps: int = 0
 
     def __post_init__(self) -> None:
         rates = {
@@ -80,6 +83,7 @@ class TrainingSettings:
                 "1 or more, or -1 for all epochs",
                 self.max_steps >= 1 or self.max_steps == -1,
             ),
+            "eval_steps": (self.eval_steps, "1 or more, or 0 for the last state", self.eval_steps >= 0),
             "seed": (self.seed, "0 to 2**32 - 1", 0 <= self.seed < 2**32),
         }
         for name, (value, expected, fits) in right.items():
@@ -92,13 +96,15 @@ class TrainingResult:
     """What a training took: optimizer steps, seconds, the mean loss over all steps, and bytes of memory.
 
     ``peak_memory`` is what the model's tensors take plus the most by which the process grew while they were trained
-    (gradients, optimizer, activations), so that it does not depend on what else the process holds.
+    (gradients, optimizer, activations), so that it does not depend on what else the process holds. ``best_step``: whose
+    state the model has, where it was scored on the way.
     """
 
     steps: int
     seconds: float
     loss: float
     peak_memory: int
+    best_step: int | None = None
 
 
 def combined(results: Sequence[TrainingResult]) -> TrainingResult | None:
@@ -106,7 +112,8 @@ def combined(results: Sequence[TrainingResult]) -> TrainingResult | None:
     if not results:
         return None
     steps, seconds = sum(result.steps for result in results), sum(result.seconds for result in results)
-    return TrainingResult(steps, seconds, results[-1].loss, max(result.peak_memory for result in results))
+    peak = max(result.peak_memory for result in results)
+    return TrainingResult(steps, seconds, results[-1].loss, peak, results[-1].best_step)
 
 
 def finetune(
@@ -117,16 +124,21 @@ def finetune(
     head: Iterable[str] = (),
     progress: bool = True,
     after_step: Callable[[], None] | None = None,
+    evaluate: Callable[[], float] | None = None,
 ) -> TrainingResult:
     """Train the parameters of ``model`` that require a gradient, in place, on encoded rows (:meth:`Task.encode`).
 
     ``model``: anything that returns a loss when called with labels; it trains on the device that it is on. ``collate``
     makes a batch of rows, as :meth:`Task.collator` gives it.
-    ``head``: names of the head's parameters. ``after_step`` is called after each step of the optimizer. Batches group
-    sentences of similar length; their order depends on the seed and the rows alone, so two models see the same. The
-    same seed on the same machine with one thread gives the same weights, bit for bit. The model is left in eval mode,
-    its configuration as it was. Raises :class:`TrainingError` if nothing is trainable.
+    ``head``: names of the head's parameters. ``after_step`` is called after each step of the optimizer. ``evaluate``
+    scores the model for ``settings.eval_steps``: the greater the better, and without a trace in the model.
+    Batches group sentences of similar length; their order depends on the seed and the rows alone, so two models see the
+    same. The same seed on the same machine with one thread gives the same weights, bit for bit. The model is left in
+    eval mode, its configuration as it was. Raises :class:`TrainingError` if nothing is trainable, or states are to be
+    scored and nothing does.
     """
+    if settings.eval_steps and evaluate is None:
+        raise TrainingError(f"eval_steps={settings.eval_steps}: there is nothing to score this training by; leave it 0")
     _load_lazily_loaded()
     set_seed(settings.seed)
     optimizer = torch.optim.AdamW(parameter_groups(model, settings, head))
@@ -161,11 +173,21 @@ def finetune(
             trainer.add_callback(_Progress)
         if after_step is not None:
             trainer.add_callback(_AfterStep(after_step))
+        best = None
+        if settings.eval_steps and evaluate is not None:
+            best = _Best(model, evaluate, settings.eval_steps)
+            trainer.add_callback(best)
         with PeakMemory() as memory:
             outcome = trainer.train()
+    if best is not None:
+        best.restore()
+        if after_step is not None:
+            after_step()
     model.eval()
-    peak = tensor_bytes(model) + memory.growth
-    return TrainingResult(outcome.global_step, time.perf_counter() - started, outcome.training_loss, peak)
+    peak, seconds = tensor_bytes(model) + memory.growth, time.perf_counter() - started
+    return TrainingResult(
+        outcome.global_step, seconds, outcome.training_loss, peak, None if best is None else best.step
+    )
 
 
 def _load_lazily_loaded() -> None:
@@ -196,6 +218,34 @@ class _AfterStep(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Behind the optimizer's step."""
         self._call()
+
+
+class _Best(TrainerCallback):
+    """Keeps the trainable parameters of the best state."""
+
+    def __init__(self, model: nn.Module, evaluate: Callable[[], float], every: int) -> None:
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._model, self._evaluate, self._every = model, evaluate, every
+        self._best, self._kept = -math.inf, list[torch.Tensor]()
+        self.step = 0
+
+    def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        """Score the state, if it is time to."""
+        if state.global_step % self._every and state.global_step != state.max_steps:
+            return
+        self._model.eval()
+        # Loaders draw from the generator that dropout draws from.
+        with torch.random.fork_rng(), torch.no_grad():
+            score = self._evaluate()
+        if score > self._best or not self._kept:
+            self._best, self.step = score, state.global_step
+            self._kept = [parameter.detach().clone() for parameter in self._trained]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the model its best state again."""
+        for parameter, kept in zip(self._trained, self._kept, strict=True):
+            parameter.copy_(kept)
 
 
 class _Progress(ProgressCallback):

@@ -54,6 +54,7 @@ def compress(
     scale_learning_rate: options.ScaleLearningRate = None,
     dropout: options.Dropout = None,
     max_steps: options.MaxSteps = -1,
+    eval_steps: options.EvalSteps = None,
     max_length: options.MaxLength = 128,
     seed: options.Seed = 42,
     adapter: Annotated[
@@ -81,6 +82,8 @@ def compress(
     chosen = recipe_type(recipe)()
     rates = (learning_rate, head_learning_rate, scale_learning_rate)
     training = trained_with(chosen.training, epochs, batch_size, rates, dropout, max_steps, seed)
+    if eval_steps is not None:
+        training = replace(training, eval_steps=eval_steps)
     compared = default_baseline_training(training)
     if baseline_learning_rate is not None:
         compared = replace(compared, learning_rate=baseline_learning_rate)

@@ -57,6 +57,10 @@ Dropout = Annotated[
     ),
 ]
 MaxSteps = Annotated[int, typer.Option(help="Stop after so many steps; -1 for all epochs.")]
+EvalSteps = Annotated[
+    int | None,
+    typer.Option(help="Score the model every so many steps and keep the best state.", show_default="the last"),
+]
 MaxLength = Annotated[int, typer.Option(help="Cut texts to so many tokens.")]
 Seed = Annotated[int, typer.Option(help="Seed of head, order and dropout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]

@@ -130,6 +130,13 @@ class Task(ABC):
         """Whether a lower score is a better one, by the first metric."""
         return self.metrics[0].lower_is_better
 
+    def goodness(
+        self, model: nn.Module, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limits: Limits = LIMITS
+    ) -> float:
+        """The first metric's score of a model on rows, negative where less is better, without a progress bar."""
+        score = self.evaluate(model, rows, tokenizer, limits, progress=False).metric
+        return -score if self.lower_is_better else score
+
     def check_metrics(self) -> None:
         """Raise :class:`TaskError` if a library that scores it is not installed: before any work, not after."""
         for metric in self.metrics:

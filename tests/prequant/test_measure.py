@@ -57,7 +57,13 @@ def test_values_become_json_or_are_refused() -> None:
     value = {"path": Path("x"), "odd": [math.inf, -math.inf, math.nan]}
     assert plain(value) == {"path": "x", "odd": ["inf", "-inf", "nan"]}
     assert plain((1, True, None, 0.5)) == [1, True, None, 0.5] and plain(Color.RED) == "red"
-    assert plain(TrainingResult(1, 2.0, math.nan, 3)) == {"steps": 1, "seconds": 2.0, "loss": "nan", "peak_memory": 3}
+    assert plain(TrainingResult(1, 2.0, math.nan, 3)) == {
+        "steps": 1,
+        "seconds": 2.0,
+        "loss": "nan",
+        "peak_memory": 3,
+        "best_step": None,
+    }
     with pytest.raises(TypeError, match="has no form in JSON"):
         plain({"a": torch.zeros(1)})
 

@@ -192,6 +192,39 @@ def test_nothing_is_printed_but_the_bar(progress: bool, capfd: pytest.CaptureFix
     assert "loss" not in printed.err and (progress or printed.err == "")
 
 
+# ---- the best state --------------------------------------------------------------------------------------------------
+
+
+def test_the_best_of_the_states_that_are_scored_stays() -> None:
+    """Steps 2, 4 and the last, 5; the second of equal scores is not better."""
+    settings = dataclasses.replace(QUICK, max_steps=5, eval_steps=2, dropout=False)
+    seen, model = list[dict[str, Tensor]](), make_model()
+
+    def watch() -> float:
+        seen.append(state(model))
+        return 0.0
+
+    run(model, settings, evaluate=watch)
+    for scores, best in (([0.1, 0.3, 0.2], 4), ([0.5, 0.3, 0.5], 2), ([0.1, 0.2, 0.3], 5)):
+        other, given = make_model(), iter(scores)
+        result = run(other, settings, evaluate=given.__next__)
+        assert (result.best_step, result.steps) == (best, 5) and next(given, None) is None
+        assert same(state(other), seen[[2, 4, 5].index(best)])
+
+
+def test_scoring_on_the_way_changes_nothing_that_trains() -> None:
+    first, second = make_model(), make_model()
+    run(first, dataclasses.replace(QUICK, max_steps=4))
+    scores = (i + 0 * float(torch.rand(3).sum()) for i in range(9))  # draws on the way
+    result = run(second, dataclasses.replace(QUICK, max_steps=4, eval_steps=1), evaluate=scores.__next__)
+    assert result.best_step == 4 and same(state(first), state(second))
+
+
+def test_states_that_nothing_scores_are_refused() -> None:
+    with pytest.raises(TrainingError, match="eval_steps=2: there is nothing to score this training by"):
+        run(make_model(), dataclasses.replace(QUICK, eval_steps=2))
+
+
 def test_a_model_without_anything_to_train_is_refused() -> None:
     model = make_model().requires_grad_(False)
     with pytest.raises(TrainingError, match="nothing to train: no parameter requires a gradient"):

@@ -1,6 +1,7 @@
 """XTC on a tiny encoder: its stages, what is quantized and trains, and the whole job."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -133,6 +134,15 @@ def test_the_whole_job(teacher: Path, tmp_path: Path, options: dict[str, Any]) -
     inputs = make_tokenizer()("a good film", return_tensors="pt")
     with torch.no_grad():
         torch.testing.assert_close(theirs(**inputs).logits, program(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_best_state_is_saved_with_its_scales(teacher: Path, tmp_path: Path) -> None:
+    recipe = XTC(bits=1, training=replace(BUDGET, max_steps=6, eval_steps=2))
+    data = write_data(tmp_path / "data.tsv")
+    report = compress(teacher, recipe, SST2, data, tmp_path / "out", max_length=LENGTH, progress=False)
+    assert report.compressed.training is not None and report.compressed.training.best_step in (2, 4, 6)
+    assert report.baseline is not None and report.baseline.training is None, "the teacher, as it is"
+    assert 0 <= report.compressed.metric <= 1
 
 
 def test_it_learns_from_labels_if_told_to(teacher: Path, tmp_path: Path) -> None:
