@@ -197,7 +197,8 @@ def _compress(
         assert isinstance(saved, ModelProgram)
         score = bench.score(saved)
         count = parameters if isinstance(recipe, TuningRecipe) else _uncompressed_parameters(program)
-        ours = ModelFigures(score.scores, weight_bytes(staging), count, sum(trains.values()), math.nan, result)
+        size, trained = weight_bytes(staging), sum(trains.values())
+        ours = ModelFigures(score.scores, size, count, trained, math.nan, result, recipe.nominal_bits)
         models, known = zip(*(*compared, (saved, ours)), strict=True)
         figures = [replace(one, latency=latency) for one, latency in zip(known, bench.latencies(models), strict=True)]
         report = CompressionReport(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,7 +22,8 @@ class ModelFigures:
 
     ``scores`` by metric, the one that models are compared by first; ``bytes_on_disk`` are those of the safetensors
     files; ``parameters`` those of the model before compression, ``trainable`` those of them that were trained;
-    ``latency`` is in seconds, the median for one padded batch of :data:`LATENCY_BATCH`.
+    ``latency`` is in seconds, the median for one padded batch of :data:`LATENCY_BATCH`. ``bits``: of a parameter, for
+    methods whose papers count as if every one took so many.
     """
 
     scores: Mapping[str, float]
@@ -30,6 +32,12 @@ class ModelFigures:
     trainable: int
     latency: float
     training: TrainingResult | None = None
+    bits: int | None = None
+
+    @property
+    def nominal_bytes(self) -> int | None:
+        """Bytes as papers count them: those that stay in float, and scales, are not told apart."""
+        return None if self.bits is None else math.ceil(self.parameters * self.bits / 8)
 
     @property
     def metric(self) -> float:
@@ -66,7 +74,12 @@ class CompressionReport:
             "metric": ours.metric - base.metric,
             "size": base.bytes_on_disk / ours.bytes_on_disk,
             "latency": base.latency / ours.latency,
-        }
+        } | self._nominal()
+
+    def _nominal(self) -> dict[str, float]:
+        """How many times smaller it is as papers count, where they count otherwise than in bytes on disk."""
+        ours = self.compressed.nominal_bytes
+        return {} if ours is None or self.baseline is None else {"nominal_size": 4 * self.baseline.parameters / ours}
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data, with the same keys whatever was measured."""
@@ -112,6 +125,7 @@ class CompressionReport:
                 lambda figures: f"{figures.bytes_on_disk:,}",
                 _times(versus.get("size"), "smaller", "larger"),
             ),
+            *self._nominal_row(),
             ("parameters", lambda figures: f"{figures.parameters:,}", ""),
             ("trained", lambda figures: f"{figures.trainable:,}", ""),
             ("share trained", lambda figures: f"{figures.trainable / figures.parameters:.2%}", ""),
@@ -131,6 +145,18 @@ class CompressionReport:
                 ),
             ]
         return rows
+
+    def _nominal_row(self) -> list[tuple[str, Callable[[ModelFigures], str], str]]:
+        if self.compressed.bits is None:
+            return []
+        verdict = _times(self._nominal().get("nominal_size"), "smaller", "larger")
+        return [
+            (
+                "bytes as papers count: bits times parameters",
+                lambda figures: f"{figures.nominal_bytes or 4 * figures.parameters:,}",
+                verdict,
+            )
+        ]
 
     def _score_row(self, name: str) -> tuple[str, Callable[[ModelFigures], str], str]:
         gain = self.compressed.scores[name] - self.baseline.scores[name] if self.baseline else None

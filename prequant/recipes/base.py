@@ -82,6 +82,11 @@ class Recipe(ABC):
         return 1
 
     @property
+    def nominal_bits(self) -> int | None:
+        """Bits of a parameter where the paper counts a model's size as if every one took so many."""
+        return None
+
+    @property
     def distils(self) -> bool:
         """Whether the model is a teacher, which has to be fine-tuned for the task."""
         return False

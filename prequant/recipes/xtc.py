@@ -88,6 +88,11 @@ class XTC(Recipe):
         return True
 
     @property
+    def nominal_bits(self) -> int | None:
+        """Those of the weights, so that 12 layers at one bit are 32 times smaller."""
+        return self.bits
+
+    @property
     def distils(self) -> bool:
         """Unless it is told to learn from labels."""
         return self.distil

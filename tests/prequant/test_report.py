@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from prequant.passes.reports import table_text
 from prequant.report import CompressionReport, ModelFigures
 
@@ -15,6 +17,16 @@ def test_the_comparison_is_of_the_figures() -> None:
     versus = CompressionReport("accuracy", 872, BASE, OURS, [], SETTINGS).comparison()
     assert versus == {"metric": 0.91 - 0.92, "size": 4.0, "latency": 0.010 / 0.025}
     assert CompressionReport("accuracy", 872, None, OURS, [], SETTINGS).comparison() == {}
+
+
+def test_sizes_as_papers_count_them_stand_beside_the_bytes() -> None:
+    ours = replace(OURS, parameters=500, bits=1)
+    report = CompressionReport("accuracy", 872, BASE, ours, [], SETTINGS)
+    assert ours.nominal_bytes == 63 and BASE.nominal_bytes is None
+    assert report.comparison()["nominal_size"] == 4 * 1000 / 63 and report.comparison()["size"] == 4.0
+    (row,) = (line for line in table_text(report.table(), 100).splitlines() if "papers count" in line)
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells == ["bytes as papers count: bits times parameters", "4,000", "63", "63.49x smaller"]
 
 
 def test_the_table_says_what_is_compared_with_what() -> None:

@@ -126,6 +126,7 @@ def test_the_whole_job(teacher: Path, tmp_path: Path, options: dict[str, Any]) -
     config = transformers.AutoConfig.from_pretrained(teacher, num_hidden_layers=layers)
     plain = transformers.AutoModelForSequenceClassification.from_config(config)
     assert report.compressed.parameters == sum(p.numel() for p in plain.parameters())
+    assert report.compressed.nominal_bytes == -(-report.compressed.parameters * options["bits"] // 8)
     program = prequant.load(out)
     assert isinstance(program, ModelProgram) and program.config.num_hidden_layers == layers
     said = json.loads((out / "prequant-report.json").read_text())["settings"]["recipe"]
