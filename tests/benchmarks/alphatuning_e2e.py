@@ -32,7 +32,8 @@ SEED, MAX_LENGTH, BATCH = 42, 128, 8
 LORA_RANKS = (2, 8)
 """On the joint projection of queries, keys and values: of gpt2-mini 18,432 and 73,728 numbers, where AlphaTuning trains
 20,736 row-wise and 82,944 in groups of 128."""
-MORE = ("first-alphas", "layer-norms", "biases")
+MORE, MORE_RATE = ("first-alphas", "layer-norms", "biases"), 5e-3
+"""What AlphaTuning trains in rows that train more, and at which rate what is no alpha."""
 PLANES, GROUPS = (1, 2, 3, 4), (0, 128)
 
 app = typer.Typer(add_completion=False)
@@ -101,9 +102,9 @@ def coded(bits: int, group: int, model: str, work: Path, steps: int) -> dict[str
 
 
 def tuned(bits: int, group: int, train: Any, name: str, model: str, work: Path, steps: int) -> dict[str, Any]:
-    """AlphaTuning; 5e-3 is the rate of what else trains than alphas."""
+    """AlphaTuning."""
     usual = AlphaTuning().training
-    settings = training(steps, learning_rate=5e-3, scale_learning_rate=usual.scale_learning_rate)
+    settings = training(steps, learning_rate=MORE_RATE, scale_learning_rate=usual.scale_learning_rate)
     recipe = AlphaTuning(bits=bits, group_size=group, train=train, training=settings)
     out, adapter = work / f"{name}-model", work / f"{name}.safetensors"
     data = data_folder() / "e2e"
@@ -204,13 +205,14 @@ def table(model: Model, work: Work) -> None:
 references. Every row that trains: {trained_for} of {BATCH} texts, seed {SEED}, the same order, linear decay, no
 dropout, no weight decay; one run each, last step, nothing chosen on the validation set. Texts are searched for
 greedily.
-Learning rates: {_rates(done)}. `of the task`: bytes of the file that holds what was trained, on a base that others
-share.
+Learning rates: {_rates(done)}; norms and biases beside alphas {MORE_RATE:g}.
+`of the task`: bytes of the file that holds what was trained, on a base that others share.
 """
     command = ["python", "tests/benchmarks/alphatuning_e2e.py", "run", "--model", "MODEL", "--work", "DIR"]
     if budget >= 0:
         command += ["--steps", str(budget)]
-    print(write("alphatuning_e2e", "AlphaTuning on E2E", command, notes, {"Scores": rows}).read_text())
+    threads = ", ".join(sorted({str(row["threads"]) for row in done.values()}))
+    print(write("alphatuning_e2e", "AlphaTuning on E2E", command, notes, {"Scores": rows}, threads=threads).read_text())
 
 
 def _rates(done: dict[str, Any]) -> str:
