@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -60,7 +60,7 @@ class Stack:
         return tuple(
             str(weight.target)
             for weight in self.boundaries[0].graph.find_nodes(op="get_attr")
-            if len({inside[user] for user in weight_readers(weight) if user in inside}) > 1
+            if len({inside[user] for user in _weight_readers(weight) if user in inside}) > 1
         )
 
 
@@ -71,7 +71,8 @@ def find_stacks(program: Program) -> tuple[Stack, ...]:
     """
     flow = data_flow(program.graph)
     order = {node: number for number, node in enumerate(program.graph.nodes)}
-    found = [_stack(flow, order, path, calls) for path, calls in numbered(program.graph).items()]
+    dominators = cache(lambda source: nx.immediate_dominators(flow, source))
+    found = [_stack(flow, dominators, order, path, calls) for path, calls in numbered(program.graph).items()]
     stacks = sorted((stack for stack in found if stack is not None), key=lambda stack: order[stack.boundaries[0]])
     # Of stacks in one another, as a list of one group that holds the layers, the inner one says more.
     return tuple(s for s in stacks if not any(other.path.startswith(f"{s.path}.") for other in stacks))
@@ -133,11 +134,17 @@ def numbered(graph: fx.Graph) -> dict[str, list[Call]]:
     return {path: calls for path, calls in found.items() if len(kinds[path]) == 1}
 
 
-def _stack(flow: nx.DiGraph, order: dict[fx.Node, int], path: str, calls: Sequence[Call]) -> Stack | None:
+def _stack(
+    flow: nx.DiGraph,
+    dominators_from: Callable[[fx.Node], dict[Any, Any]],
+    order: dict[fx.Node, int],
+    path: str,
+    calls: Sequence[Call],
+) -> Stack | None:
     inside = {node: place for place, call in enumerate(calls) for node in call.nodes}
     ends = [node for node in calls[-1].nodes if is_data(node) and any(user not in inside for user in node.users)]
     for source in (node for node in flow if node.op == "placeholder"):
-        dominators = nx.immediate_dominators(flow, source)
+        dominators = dominators_from(source)
         for end in sorted((end for end in ends if end in dominators), key=order.__getitem__, reverse=True):
             boundaries = _boundaries(_chain(dominators, source, end), inside, len(calls))
             if boundaries is None:
@@ -174,10 +181,10 @@ def _bodies(
         yield tuple(sorted(between, key=order.__getitem__))
 
 
-def weight_readers(node: fx.Node) -> Iterator[fx.Node]:
+def _weight_readers(node: fx.Node) -> Iterator[fx.Node]:
     """Those that read a tensor, also by way of what makes a weight of it."""
     for user in node.users:
         if user.op == "call_function" and all(source.op == "get_attr" for source in user.all_input_nodes):
-            yield from weight_readers(user)
+            yield from _weight_readers(user)
         else:
             yield user

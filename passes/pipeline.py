@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from prequant.runtime import PrequantError
+from prequant.runtime.memory import version_of
 
 from .base import Pass, PassError, Report, current_site
 from .config import Config, config_of, load_passes, passes_of
@@ -161,14 +162,14 @@ def _state_of(program: Program) -> dict[str, _TensorState]:
     named: Callable[[], Iterator[tuple[str, Tensor]]]
     held: dict[str, _TensorState] = {}
     for named in (program.named_parameters, program.named_buffers):
-        held |= {name: (value, _version(value), value.requires_grad) for name, value in named()}
+        held |= {name: (value, version_of(value), value.requires_grad) for name, value in named()}
     return held
 
 
 def _check_untouched(given: dict[str, _TensorState]) -> None:
     """Copies of a Program share their tensors, so a pass replaces one (``set_tensor``) instead of writing into it."""
     for name, (value, version, requires_grad) in given.items():
-        if _version(value) != version:
+        if version_of(value) != version:
             raise PassError(
                 f"it wrote into {name!r} in place, which belongs to the Program that the pipeline was given"
             )
@@ -176,7 +177,3 @@ def _check_untouched(given: dict[str, _TensorState]) -> None:
             raise PassError(
                 f"it set requires_grad of {name!r} in place, which belongs to the Program that the pipeline was given"
             )
-
-
-def _version(value: Tensor) -> int:
-    return 0 if value.is_inference() else value._version

@@ -141,5 +141,5 @@ class _Rewrite:
     def _fake(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """What codes and scales of a fake tensor are."""
         with torch.no_grad():
-            scale = torch.ops.prequant.dynamic_scale(value, format=str(self.format))
-            return torch.ops.prequant.quantize(value, scale, None, format=str(self.format)), scale
+            scale = ops.dynamic_scale(value, format=str(self.format))
+            return ops.quantize(value, scale, None, format=str(self.format)), scale

@@ -24,12 +24,11 @@ from prequant.adapters.variant import stored_name
 from prequant.checkpoint import load, save
 from prequant.checkpoint.atomic import replacing
 from prequant.checkpoint.folder import is_ours
-from prequant.distillation import Distiller
+from prequant.distillation import COMPARED, Distiller
 from prequant.inspection import weight_rows
 from prequant.losses import LABELS, SEQ2SEQ_LM
 from prequant.measure import installed_versions, median_seconds, plain, weight_bytes
 from prequant.model import ModelProgram
-from prequant.passes import ExposeOutputs
 from prequant.passes.latent_scales import following
 from prequant.quiet import no_progress_bars
 from prequant.recipes import Recipe, Stage, TuningRecipe
@@ -86,7 +85,7 @@ class _Workbench:
         """Train a program as a stage of a recipe says."""
         model: nn.Module = program
         if stage.layers is not None:
-            teacher = ExposeOutputs(hidden_states=True, attention_scores=True)(original)
+            teacher = COMPARED(original)
             assert isinstance(teacher, ModelProgram)
             model, head = Distiller(program, teacher, stage.layers), [f"{STUDENT}.{name}" for name in head]
         renew = following(program).renew if stage.scales_follow else None

@@ -16,10 +16,12 @@ from torch.nn.functional import log_softmax, mse_loss
 
 from prequant.losses import LOGITS, SEQUENCE_CLASSIFICATION
 from prequant.model import ModelProgram
+from prequant.passes import ExposeOutputs
+from prequant.passes.expose_outputs import HIDDEN_STATES, SCORES
 from prequant.runtime import PrequantError
 
-STATES, SCORES = "hidden_states", "attention_scores"
-"""How the names of exposed values end, before their numbers."""
+COMPARED = ExposeOutputs(hidden_states=True, attention_scores=True)
+"""What a student and its teacher have to expose."""
 
 
 class DistillationError(PrequantError):
@@ -61,9 +63,9 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
 class Distiller(nn.Module):
     """A student that returns its distance from a teacher as its loss, for any loop that trains on ``loss``.
 
-    Both are ModelPrograms that expose what is compared; the teacher is in eval mode, without gradients, and no part of
-    this module. Labels of a batch are not looked at. Of values that two stacks have (T5), each is compared with that of
-    the same stack, by the same map.
+    Both are ModelPrograms that expose what is :data:`COMPARED`; the teacher is in eval mode, without gradients, and no
+    part of this module. Labels of a batch are not looked at. Of values that two stacks have (T5), each is compared with
+    that of the same stack, by the same map.
     """
 
     accepts_loss_kwargs = False
@@ -90,7 +92,7 @@ class Distiller(nn.Module):
         given, ours = self.student.call_with_exposed(**inputs)
         parts = {"logits": self._of_logits(given, wanted)}
         for name, other in self._pairs:
-            kind = STATES if STATES in name else SCORES
+            kind = HIDDEN_STATES if HIDDEN_STATES in name else SCORES
             distance = mse_loss(ours[name].float(), theirs[other].float())
             parts[kind] = parts[kind] + distance if kind in parts else distance
         return {"loss": torch.stack(list(parts.values())).sum(), **{f"{k}_loss": v.detach() for k, v in parts.items()}}
@@ -107,9 +109,9 @@ def _pairs(student: ModelProgram, teacher: ModelProgram, layers: LayerMap) -> It
     """Names of the student's exposed values, each with the teacher's."""
     for name in student.signature.exposed:
         kind, _, number = name.rpartition(".")
-        if not (kind.endswith((STATES, SCORES)) and number.isdigit()):
+        if not (kind.endswith((HIDDEN_STATES, SCORES)) and number.isdigit()):
             continue
-        numbers = layers.states if kind.endswith(STATES) else layers.scores
+        numbers = layers.states if kind.endswith(HIDDEN_STATES) else layers.scores
         if int(number) >= len(numbers):
             raise DistillationError(f"the student has {name}; the map is for {len(layers.scores)} layers: {layers}")
         other = f"{kind}.{numbers[int(number)]}"

@@ -16,6 +16,7 @@ from torch.nn.modules import module as torch_modules
 
 from prequant.runtime import PrequantError, native
 from prequant.runtime import plan as runtime_plan
+from prequant.runtime.memory import version_of
 
 from ..program import Input, Program
 from .compile import Coverage, Draft, NoPlan, draft_plan
@@ -152,7 +153,7 @@ def _state(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
     try:
         versions = tuple(map(_version, tensors))
     except RuntimeError:  # those made in inference mode don't count their versions
-        versions = tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+        versions = tuple(map(version_of, tensors))
     return tuple(map(id, tensors)), versions, tuple(map(Tensor.data_ptr, tensors))
 
 

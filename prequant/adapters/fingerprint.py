@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prequant.passes import Program, weights
-from prequant.runtime.memory import MappedFiles
+from prequant.runtime.memory import MappedFiles, version_of
 
 _KNOWN: WeakKeyDictionary[Program, tuple[Any, str]] = WeakKeyDictionary()
 
@@ -23,15 +23,11 @@ def fingerprint(program: Program) -> str:
     tensors stay as they are; those that lie in a file are read there, and given back.
     """
     tensors = {name: program.tensor(name) for name in _names(program)}
-    state = tuple((name, id(tensor), _version(tensor)) for name, tensor in tensors.items())
+    state = tuple((name, id(tensor), version_of(tensor)) for name, tensor in tensors.items())
     known = _KNOWN.get(program)
     if known is None or known[0] != state:
         known = _KNOWN[program] = (state, _hash(program, tensors))
     return known[1]
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # one made in inference mode does not count its changes
 
 
 def _names(program: Program) -> list[str]:

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from prequant.distillation import layer_map
+from prequant.distillation import COMPARED, layer_map
 from prequant.passes import (
     DropLayers,
-    ExposeOutputs,
     Freeze,
     HideOutputs,
     Lower,
@@ -105,7 +104,7 @@ class XTC(Recipe):
     def stage(self, number: int, program: Program, original: Program, head: tuple[str, ...]) -> Stage:
         """The training of fewer layers, or of fewer bits."""
         layers = layer_map(self._kept(original), self.layers == "published") if self.distil else None
-        expose: list[Pass] = [ExposeOutputs(hidden_states=True, attention_scores=True)] if self.distil else []
+        expose: list[Pass] = [COMPARED] if self.distil else []
         if self._drops and number == 0:
             # All of it trains, and is a copy: the teacher shares the tensors otherwise.
             passes = [self._drop(), Train(head=("*",)), *expose]

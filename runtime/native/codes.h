@@ -3,11 +3,12 @@
 #ifndef PREQUANT_CODES_H
 #define PREQUANT_CODES_H
 
+#include "float_bits.h"
 #include "float_vectors.h"
 
 namespace {
 
-constexpr float kMostLevels = 127.0f, kSmallestScale = 1.17549435e-38f;  // the smallest normal number
+constexpr float kMostLevels = 127.0f;
 
 // What codes stand for in units of their scale.
 inline Floats levels_of(const uint8_t *codes) {
@@ -26,33 +27,23 @@ inline Floats levels_of_some(const uint8_t *codes, int64_t count) {
     return levels_of(some);
 }
 
-inline uint32_t word_of(float value) {
-    uint32_t word;
-    std::memcpy(&word, &value, sizeof(word));
-    return word;
-}
-
 template <class Read> inline void quantize_row(Read read, uint8_t *codes, float *scale, int64_t count) {
-    // Magnitudes compare as integers do; infinity and what is not a number come out on top.
-    constexpr uint32_t magnitude = 0x7fffffff, infinity = 0x7f800000;
     uint32_t largest = 0;
     for (int64_t k = 0; k < count; ++k) {
-        const uint32_t word = word_of(read(k)) & magnitude;
-        largest = word > largest ? word : largest;
+        const uint32_t magnitude = bits_of(read(k)) & kMagnitude;
+        largest = magnitude > largest ? magnitude : largest;
     }
-    if (largest >= infinity) {
+    if (largest >= kInfinity) {
         std::memset(codes, PREQUANT_CODE_ZERO, static_cast<size_t>(count));
         *scale = NAN;
         return;
     }
-    float unit;
-    std::memcpy(&unit, &largest, sizeof(unit));
-    unit /= kMostLevels;
-    if (unit < kSmallestScale) unit = 1.0f;
+    float unit = float_of(largest) / kMostLevels;
+    if (unit < kSmallestNormal) unit = 1.0f;
     *scale = unit;
     constexpr float zero = PREQUANT_CODE_ZERO;
     for (int64_t k = 0; k < count; ++k) {
-        codes[k] = static_cast<uint8_t>(word_of(read(k) / unit + zero + kRounding) - word_of(kRounding));
+        codes[k] = static_cast<uint8_t>(bits_of(read(k) / unit + zero + kRounding) - bits_of(kRounding));
     }
 }
 

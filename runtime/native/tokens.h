@@ -7,23 +7,12 @@
 #include <cstring>
 
 #include "activations.h"
+#include "float_bits.h"
 #include "kernels.h"
 
 namespace {
 
 using namespace prequant;
-
-inline uint32_t bits_of(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-inline float float_of(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
 
 inline float from_bfloat16(uint16_t value) { return float_of(static_cast<uint32_t>(value) << 16); }
 
@@ -33,9 +22,6 @@ inline uint16_t to_bfloat16(float value) {
     const uint32_t quiet = bits >> 16 | 0x40, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
 }
-
-constexpr uint32_t kMagnitude = 0x7fffffff, kInfinity = 0x7f800000, kNotANumber = 0x7fc00000;
-constexpr float kSmallestNormal = 1.17549435e-38f;
 
 // How a token is quantized: level = x / scale + zero, rounded and cut off at 0 and top, and its code is level - shift.
 struct Grid {

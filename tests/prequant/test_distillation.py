@@ -7,14 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from prequant.distillation import DistillationError, Distiller, LayerMap, layer_map, soft_cross_entropy
+from prequant.distillation import COMPARED, DistillationError, Distiller, LayerMap, layer_map, soft_cross_entropy
 from prequant.model import ModelProgram
-from prequant.passes import DropLayers, ExposeOutputs, Pipeline, Train
+from prequant.passes import DropLayers, Pipeline, Train
 from prequant.trace import trace
 
 from ..models import random_inputs, small_model
 
-EXPOSE = ExposeOutputs(hidden_states=True, attention_scores=True)
 DEPTH = 4
 
 
@@ -28,8 +27,8 @@ def traced(model: Any) -> ModelProgram:
 
 def pair(model: Any, keep: tuple[int, ...]) -> tuple[ModelProgram, ModelProgram]:
     original = traced(model)
-    student = Pipeline([DropLayers(keep=keep), Train(head=("*",)), EXPOSE])(original)
-    return cast(ModelProgram, student), cast(ModelProgram, EXPOSE(original))
+    student = Pipeline([DropLayers(keep=keep), Train(head=("*",)), COMPARED])(original)
+    return cast(ModelProgram, student), cast(ModelProgram, COMPARED(original))
 
 
 # ---- maps ------------------------------------------------------------------------------------------------------------
@@ -112,7 +111,7 @@ def test_the_loss_is_the_sum_over_what_transformers_computes(keep: tuple[int, ..
     logits = -(theirs.logits.softmax(-1) * ours.logits.log_softmax(-1)).mean()
     scores = sum(mean_square(ours.scores[i], theirs.scores[j]) for i, j in enumerate(layers.scores))
     states = sum(mean_square(ours.states[i], theirs.states[j]) for i, j in enumerate(layers.states))
-    student, teacher = (cast(ModelProgram, EXPOSE(traced(each))) for each in (small, model))
+    student, teacher = (cast(ModelProgram, COMPARED(traced(each))) for each in (small, model))
     found = Distiller(student, teacher, layers)(**inputs, labels=torch.zeros(3, dtype=torch.int64))
     parts = {"logits": logits, "attention_scores": scores, "hidden_states": states}
     for name, expected in parts.items():
