@@ -28,7 +28,7 @@ from prequant.runtime import Scheme, WeightFormat
 from prequant.sources import AUTO_CLASSES, WRITERS, SourceError, check_length, is_compressed, load_tokenizer
 from prequant.tasks import Limits, Task
 from prequant.tasks.data import described
-from prequant.training import TrainingResult, finetune
+from prequant.training import TrainingResult, Unfinished, finetune
 
 OF_ONE_TASK = ("id2label", "label2id", "num_labels", "problem_type", "architectures", "quantization_config")
 """What a base's configuration says that is not so for another task."""
@@ -69,6 +69,7 @@ def adapt(
     recipe: TuningRecipe | None = None,
     *,
     max_length: int = 128,
+    save_steps: int = 0,
     progress: bool = True,
 ) -> AdaptReport:
     """Tune the compressed folder ``base`` for another task and write what changed to the file ``out``; the folder stays
@@ -76,11 +77,15 @@ def adapt(
 
     ``recipe`` says what trains and how; its settings for compressing are not looked at. By default it is the one that
     makes such weights (:func:`recipe_for`). A classifier gets a new head. ``data`` as in
-    :func:`prequant.tasks.data.read_splits`. Scores are those of the file, loaded again on the folder, and stand in it.
+    :func:`prequant.tasks.data.read_splits`; ``save_steps`` as in :func:`prequant.compress.compress`. Scores are those
+    of the file, loaded again on the folder, and stand in it.
     Raises :class:`PrequantError` for input that can't be used, before anything trains.
     """
     with nullcontext() if progress else no_progress_bars():
-        return _adapt(Path(base), task, data, Path(out), recipe, max_length, progress)
+        unfinished = Unfinished(Path(out), save_steps, {"task": task.name, "max_length": max_length})
+        report = _adapt(Path(base), task, data, Path(out), recipe, max_length, progress, unfinished)
+        unfinished.remove()
+        return report
 
 
 def _adapt(
@@ -91,6 +96,7 @@ def _adapt(
     recipe: TuningRecipe | None,
     max_length: int,
     progress: bool,
+    unfinished: Unfinished,
 ) -> AdaptReport:
     check_adapter_path(out)
     task.check_metrics()
@@ -105,7 +111,8 @@ def _adapt(
     train = task.encode(rows["train"], tokenizer, max_length, progress)
     limits, collate = Limits(max_length), task.collator(tokenizer)
     evaluate = partial(task.goodness, program, rows["validation"], tokenizer, limits)
-    result = finetune(program, train, collate, recipe.training, headed.head, progress, evaluate=evaluate)
+    kept = unfinished.checkpoints("training")
+    result = finetune(program, train, collate, recipe.training, headed.head, progress, None, evaluate, kept)
     tuned = Pipeline([Freeze(outlier_dtype=_outlier_dtype(base)), *speed_passes()])(program)
     assert isinstance(tuned, ModelProgram)
     settings = {

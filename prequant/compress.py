@@ -46,7 +46,7 @@ from prequant.sources import (
 )
 from prequant.tasks import Evaluation, Limits, Task
 from prequant.tasks.data import described
-from prequant.training import TrainingResult, TrainingSettings, combined, finetune
+from prequant.training import TrainingResult, TrainingSettings, Unfinished, combined, finetune
 
 __all__ = ["GIVEN", "NONE", "TRAIN", "CompressionReport", "ModelFigures", "compress", "default_baseline_training"]
 
@@ -68,6 +68,7 @@ class _Workbench:
     validation: Dataset
     limits: Limits
     progress: bool
+    unfinished: Unfinished
 
     def score(self, model: nn.Module) -> Evaluation:
         """The task's metrics on the validation set."""
@@ -76,13 +77,16 @@ class _Workbench:
     def finetune(self, model: nn.Module, training: TrainingSettings, head: Sequence[str]) -> TrainingResult:
         """Train on the training set."""
         collate, evaluate = self.task.collator(self.tokenizer), self._evaluation(model)
-        return finetune(model, self.train_rows, collate, training, head, self.progress, evaluate=evaluate)
+        kept = self.unfinished.checkpoints("baseline")
+        return finetune(model, self.train_rows, collate, training, head, self.progress, None, evaluate, kept)
 
     def _evaluation(self, model: nn.Module) -> Callable[[], float]:
         return partial(self.task.goodness, model, self.validation, self.tokenizer, self.limits)
 
-    def train(self, program: ModelProgram, stage: Stage, head: Sequence[str], original: ModelProgram) -> TrainingResult:
-        """Train a program as a stage of a recipe says."""
+    def train(
+        self, number: int, program: ModelProgram, stage: Stage, head: Sequence[str], original: ModelProgram
+    ) -> TrainingResult:
+        """Train a program as a recipe's stage, the one of this number, says."""
         model: nn.Module = program
         if stage.layers is not None:
             teacher = COMPARED(original)
@@ -90,8 +94,8 @@ class _Workbench:
             model, head = Distiller(program, teacher, stage.layers), [f"{STUDENT}.{name}" for name in head]
         renew = following(program).renew if stage.scales_follow else None
         collate = self.task.collator(self.tokenizer)
-        evaluate = self._evaluation(program)
-        return finetune(model, self.train_rows, collate, stage.training, head, self.progress, renew, evaluate)
+        evaluate, kept = self._evaluation(program), self.unfinished.checkpoints(f"stage-{number}")
+        return finetune(model, self.train_rows, collate, stage.training, head, self.progress, renew, evaluate, kept)
 
     def latencies(self, models: Sequence[nn.Module]) -> list[float]:
         """Seconds for one batch, each model's, measured in turns."""
@@ -115,6 +119,7 @@ def compress(
     baseline_training: TrainingSettings | None = None,
     adapter: str | Path | None = None,
     max_length: int = 128,
+    save_steps: int = 0,
     progress: bool = True,
 ) -> CompressionReport:
     """Compress the model ``source`` (a folder or hub name) for ``task`` by ``recipe``, measure it, and save it to
@@ -125,7 +130,9 @@ def compress(
     ``TrainingSettings``' learning rate); ``"given"`` takes it as it is; ``"none"`` compares with nothing; a path is a
     model fine-tuned before. By default it is trained, but taken as it is where the recipe distils: it is the teacher.
     ``adapter``: a file to write what was trained to, so that the task can be chosen again where the folder serves other
-    tasks as well; of recipes that tune. Figures of the compressed model are those of the saved folder, loaded again.
+    tasks as well; of recipes that tune. ``save_steps`` above 0: every so many steps of a training its state is kept, in
+    ``OUT.unfinished``; the same call, repeated after the process was ended, goes on from there and gives the same
+    result. Figures of the compressed model are those of the saved folder, loaded again.
     Its ``prequant-report.json`` has every figure, setting and version; model and report appear in ``out`` together,
     after all is measured, or not at all. Raises :class:`PrequantError` for input that can't be used, before anything
     trains.
@@ -133,7 +140,13 @@ def compress(
     with nullcontext() if progress else no_progress_bars():
         own = None if adapter is None else Path(adapter)
         kind = baseline or (GIVEN if recipe.distils else TRAIN)
-        return _compress(source, recipe, task, data, Path(out), kind, baseline_training, own, max_length, progress)
+        about = {"recipe": recipe.settings(), "task": task.name, "max_length": max_length}
+        unfinished = Unfinished(Path(out), save_steps, plain(about))
+        report = _compress(
+            source, recipe, task, data, Path(out), kind, baseline_training, own, max_length, progress, unfinished
+        )
+        unfinished.remove()
+        return report
 
 
 def _compress(
@@ -147,6 +160,7 @@ def _compress(
     adapter: Path | None,
     max_length: int,
     progress: bool,
+    unfinished: Unfinished,
 ) -> CompressionReport:
     check_output(out, source, baseline)
     if adapter is not None:
@@ -168,7 +182,7 @@ def _compress(
         raise SourceError(f"{source} has no head for {task.name}: {', '.join(fresh)} are missing; {advice}")
     rows = task.load(data)
     train = task.encode(rows["train"], tokenizer, max_length, progress)
-    bench = _Workbench(task, tokenizer, train, rows["validation"], Limits(max_length), progress)
+    bench = _Workbench(task, tokenizer, train, rows["validation"], Limits(max_length), progress, unfinished)
     parameters = sum(p.numel() for p in model.parameters())
     original = canonical_program(model, tokenizer)
     # Before the baseline trains: what does not fit the model is refused here.
@@ -186,7 +200,7 @@ def _compress(
             program = stage.passes(program)
         assert isinstance(program, ModelProgram) and isinstance(original, ModelProgram)
         trains = {name: p.numel() for name, p in program.named_parameters() if p.requires_grad}
-        results.append(bench.train(program, stage, head, original))
+        results.append(bench.train(number, program, stage, head, original))
     result = combined(results)
     program = recipe.finish()(program)
     assert isinstance(program, ModelProgram)

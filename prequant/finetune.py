@@ -15,7 +15,7 @@ from prequant.report_file import write_report
 from prequant.sources import check_length, check_output, head_of, load_for, load_tokenizer
 from prequant.tasks import Evaluation, Limits, Task
 from prequant.tasks.data import described
-from prequant.training import TrainingSettings, finetune
+from prequant.training import TrainingSettings, Unfinished, finetune
 
 
 def finetune_baseline(
@@ -26,6 +26,7 @@ def finetune_baseline(
     training: TrainingSettings,
     *,
     max_length: int = 128,
+    save_steps: int = 0,
     progress: bool = True,
 ) -> Evaluation:
     """Fine-tune the model ``source`` for ``task`` in float32, save it to ``out`` with its tokenizer, and score it.
@@ -35,6 +36,7 @@ def finetune_baseline(
     whole or not at all.
     """
     with nullcontext() if progress else no_progress_bars():
+        unfinished = Unfinished(Path(out), save_steps, {"task": task.name, "max_length": max_length})
         check_output(Path(out), source)
         task.check_metrics()
         tokenizer = load_tokenizer(source)
@@ -45,7 +47,8 @@ def finetune_baseline(
         limits = Limits(max_length)
         evaluate = partial(task.goodness, model, rows["validation"], tokenizer, limits)
         collate, head = task.collator(tokenizer), head_of(model, task)
-        result = finetune(model, train, collate, training, head, progress, evaluate=evaluate)
+        kept = unfinished.checkpoints("training")
+        result = finetune(model, train, collate, training, head, progress, None, evaluate, kept)
         score = task.evaluate(model, rows["validation"], tokenizer, limits, progress)
         content = {
             "metric_name": score.metric_name,
@@ -67,4 +70,5 @@ def finetune_baseline(
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
             write_report(staging, content)
+        unfinished.remove()
     return score

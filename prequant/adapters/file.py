@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prequant.checkpoint import CheckpointError
+from prequant.checkpoint.atomic import replacing_file
 from prequant.checkpoint.graph_file import is_tensor_name
 from prequant.checkpoint.json_file import Record, describe, parse_json
 from prequant.checkpoint.weight_tensors import check_finite
@@ -64,7 +64,6 @@ def write_adapter(path: str | os.PathLike[str], adapter: Adapter) -> Path:
     """Write an adapter; the file appears whole or not at all. Returns its path."""
     path = Path(path)
     check_adapter_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "version": VERSION,
         "base": adapter.base,
@@ -74,18 +73,8 @@ def write_adapter(path: str | os.PathLike[str], adapter: Adapter) -> Path:
     }
     text = json.dumps(content, separators=(",", ":"), allow_nan=False)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in adapter.tensors.items()}
-    handle, staging = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
+    with replacing_file(path) as staging:
         save_file(tensors, staging, metadata={"format": "pt", _KEY: text})
-        with Path(staging).open("rb") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(staging).chmod(0o666 & ~umask)  # as any file that a program writes, not the owner's alone
-        Path(staging).replace(path)
-    finally:
-        Path(staging).unlink(missing_ok=True)
     return path
 
 

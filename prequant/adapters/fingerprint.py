@@ -6,11 +6,11 @@ import hashlib
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 
+from prequant.checkpoint.tensors import hash_tensors
 from prequant.passes import Program, weights
-from prequant.runtime.memory import MappedFiles, version_of
+from prequant.runtime.memory import version_of
 
 _KNOWN: WeakKeyDictionary[Program, tuple[Any, str]] = WeakKeyDictionary()
 
@@ -38,9 +38,5 @@ def _hash(program: Program, tensors: dict[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for view in sorted(weights(program), key=lambda view: view.name):
         sha.update(f"{view.name}|{view.format}|{view.shape}|{view.outliers_replace}|{view.input_format}\n".encode())
-    for name, tensor in tensors.items():
-        sha.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}\n".encode())
-        bytes_ = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        sha.update(bytes_.numpy().data)
-    MappedFiles().give_back(tensors.values())
+    hash_tensors(sha, tensors)
     return sha.hexdigest()

@@ -1,4 +1,4 @@
-"""Writing a folder whole or not at all."""
+"""Writing a folder, or a file, whole or not at all."""
 
 from __future__ import annotations
 
@@ -68,6 +68,25 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise CheckpointError(f"{folder} can't be written: {error.strerror} ({nearest})") from error
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of ``path`` at the end; an error inside leaves what was there. The folder
+    is made where there is none.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    staging = Path(name)
+    try:
+        yield staging
+        with staging.open("rb") as file:
+            os.fsync(file.fileno())
+        staging.chmod(0o666 & ~_umask())  # as any file that a program writes, not the owner's alone
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def _folder_mode(folder: Path) -> int:

@@ -85,8 +85,8 @@ def decode_table(record: Record, key: str) -> dict[str, Stored]:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, with the metadata that transformers looks for."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, with the metadata that transformers looks for beside what is given."""
     ready: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -97,7 +97,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             tensor = tensor.clone()
         seen.add(pointer)
         ready[name] = tensor
-    save_file(ready, path, metadata={"format": "pt"})
+    save_file(ready, path, metadata={"format": "pt", **(metadata or {})})
 
 
 def digest(path: Path) -> str:
@@ -107,6 +107,14 @@ def digest(path: Path) -> str:
         while block := file.read(1 << 20):
             sha.update(block)
     return sha.hexdigest()
+
+
+def hash_tensors(sha: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Add names, types, shapes and bytes of tensors to a hash of hashlib's; those that lie in a file are given back."""
+    for name, tensor in tensors.items():
+        sha.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}\n".encode())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    MappedFiles().give_back(tensors.values())
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

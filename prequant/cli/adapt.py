@@ -28,6 +28,8 @@ def adapt(
     scale_learning_rate: options.ScaleLearningRate = None,
     dropout: options.Dropout = None,
     max_steps: options.MaxSteps = -1,
+    eval_steps: options.EvalSteps = None,
+    save_steps: options.SaveSteps = 0,
     max_length: options.MaxLength = 128,
     seed: options.Seed = 42,
     quiet: options.Quiet = False,
@@ -47,10 +49,12 @@ def adapt(
 
     chosen = recipe_for(load_base(base)) if recipe is None else recipe_type(recipe)()
     rates = (learning_rate, head_learning_rate, scale_learning_rate)
-    training = trained_with(chosen.training, epochs, batch_size, rates, dropout, max_steps, seed)
+    training = trained_with(chosen.training, epochs, batch_size, rates, dropout, max_steps, eval_steps, seed)
     chosen = with_fields(replace(chosen, training=training), assignments(set_))
     if not isinstance(chosen, TuningRecipe):
         raise PrequantError(f"the recipe {chosen.name!r} trains whole models: it tunes nothing on a base")
-    report = run(base, find_task(task), data, out, chosen, max_length=max_length, progress=not quiet)
+    report = run(
+        base, find_task(task), data, out, chosen, max_length=max_length, save_steps=save_steps, progress=not quiet
+    )
     show(report.table())
     show(f"saved to {out}")

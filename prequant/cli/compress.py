@@ -55,6 +55,7 @@ def compress(
     dropout: options.Dropout = None,
     max_steps: options.MaxSteps = -1,
     eval_steps: options.EvalSteps = None,
+    save_steps: options.SaveSteps = 0,
     max_length: options.MaxLength = 128,
     seed: options.Seed = 42,
     adapter: Annotated[
@@ -81,9 +82,7 @@ def compress(
         settings["train"] = ()
     chosen = recipe_type(recipe)()
     rates = (learning_rate, head_learning_rate, scale_learning_rate)
-    training = trained_with(chosen.training, epochs, batch_size, rates, dropout, max_steps, seed)
-    if eval_steps is not None:
-        training = replace(training, eval_steps=eval_steps)
+    training = trained_with(chosen.training, epochs, batch_size, rates, dropout, max_steps, eval_steps, seed)
     compared = default_baseline_training(training)
     if baseline_learning_rate is not None:
         compared = replace(compared, learning_rate=baseline_learning_rate)
@@ -97,6 +96,7 @@ def compress(
         baseline_training=compared,
         adapter=adapter,
         max_length=max_length,
+        save_steps=save_steps,
         progress=not quiet,
     )
     show(report.table())

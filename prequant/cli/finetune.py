@@ -18,6 +18,8 @@ def finetune(
     head_learning_rate: options.HeadLearningRate = None,
     dropout: options.Dropout = None,
     max_steps: options.MaxSteps = -1,
+    eval_steps: options.EvalSteps = None,
+    save_steps: options.SaveSteps = 0,
     max_length: options.MaxLength = 128,
     seed: options.Seed = 42,
     quiet: options.Quiet = False,
@@ -36,7 +38,10 @@ def finetune(
         learning_rate=usual.learning_rate if learning_rate is None else learning_rate,
         head_learning_rate=head_learning_rate,
         dropout=usual.dropout if dropout is None else dropout,
+        eval_steps=usual.eval_steps if eval_steps is None else eval_steps,
     )
-    figures = finetune_baseline(model, find_task(task), data, out, training, max_length=max_length, progress=not quiet)
+    figures = finetune_baseline(
+        model, find_task(task), data, out, training, max_length=max_length, save_steps=save_steps, progress=not quiet
+    )
     show(f"{figures.text()} on {figures.examples:,} examples")
     show(f"saved to {out}")

@@ -61,6 +61,14 @@ EvalSteps = Annotated[
     int | None,
     typer.Option(help="Score the model every so many steps and keep the best state.", show_default="the last"),
 ]
+SaveSteps = Annotated[
+    int,
+    typer.Option(
+        help="Keep the training's state every so many steps, in OUT.unfinished: the same command goes on from there "
+        "after it was killed; 0 keeps nothing.",
+        min=0,
+    ),
+]
 MaxLength = Annotated[int, typer.Option(help="Cut texts to so many tokens.")]
 Seed = Annotated[int, typer.Option(help="Seed of head, order and dropout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]

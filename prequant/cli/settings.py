@@ -25,6 +25,7 @@ def trained_with(
     rates: tuple[float | None, float | None, float | None],
     dropout: bool | None,
     max_steps: int,
+    eval_steps: int | None,
     seed: int,
 ) -> TrainingSettings:
     """A recipe's training with what was given; ``rates``: of the body, the head and the scales. The body's is the
@@ -38,6 +39,7 @@ def trained_with(
         "head_learning_rate": body if head is None else head,
         "scale_learning_rate": scales,
         "dropout": dropout,
+        "eval_steps": eval_steps,
     }
     known = {name: value for name, value in given.items() if value is not None}
     return replace(training, max_steps=max_steps, seed=seed, **known)

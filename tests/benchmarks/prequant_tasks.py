@@ -4,7 +4,8 @@ the same quantized base, and PreQuant that trains other weights.
 PREQUANT_DATA names a folder with glue/{SST-2,CoLA,STS-B} and squad. Rows that are done are kept; --only and --task
 measure some, so that several processes can share the work, a row each with one thread (OMP_NUM_THREADS=1)::
 
-    python tests/benchmarks/prequant_tasks.py run --work DIR --steps 1000
+    python tests/benchmarks/prequant_tasks.py run --work DIR --steps 1000 --task sst2 --task cola --task stsb
+    python tests/benchmarks/prequant_tasks.py run --work DIR --steps 300 --task squad
     python tests/benchmarks/prequant_tasks.py table --work DIR
 """
 
@@ -163,9 +164,11 @@ def table(work: Work) -> None:
         for name in TASKS:
             if (path := _file(work, row, name)).is_file():
                 done.setdefault(row, {})[name] = json.loads(path.read_text())
-    steps = {found["steps"] for row in done.values() for found in row.values()}
-    if len(steps) > 1:
-        raise typer.BadParameter(f"the rows in {work} were trained for different numbers of steps: {sorted(steps)}")
+    budget: dict[str, int] = {}
+    for row, figures in done.items():
+        for name, found in figures.items():
+            if budget.setdefault(name, found["steps"]) != found["steps"]:
+                raise typer.BadParameter(f"{row}, {name}: {found['steps']} steps, others {budget[name]}")
     rows = []
     for row, found in done.items():
         scores = {name: next(iter(found[name]["scores"].items())) for name in TASKS if name in found}
@@ -184,10 +187,12 @@ def table(work: Work) -> None:
                 "of the task": f"{some['own']:,}" if "own" in some else "–",
             }
         )
+    spent = ", ".join(f"{steps:,} steps of {name}" for name, steps in budget.items())
     notes = f"""
-all-MiniLM-L6-v2 (22.7 M parameters); every row that trains: {steps.pop():,} steps of {BATCH} examples, seed {SEED}, the
-same order, one run each, last step, nothing chosen on the validation set. {100 * OUTLIERS:g} % of each matrix are
-outliers. `trained`, sizes: of the first task of the row.
+all-MiniLM-L6-v2 (22.7 M parameters). Every row that trains: {spent},
+of {BATCH} examples each, seed {SEED}, the same order, one run, last step, nothing chosen on the validation set.
+{100 * OUTLIERS:g} % of each matrix are outliers. `trained`, sizes: of the first task of the row. The mean counts scores
+from 0 to 1 as percents.
 """
     command = ["python", "tests/benchmarks/prequant_tasks.py", "run", "--work", "DIR"]
     print(write("prequant_tasks", "PreQuant on four tasks", command, notes, {"Scores": rows}).read_text())
