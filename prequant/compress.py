@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-import platform
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -27,11 +24,11 @@ from prequant.checkpoint.folder import is_ours
 from prequant.distillation import COMPARED, Distiller
 from prequant.inspection import weight_rows
 from prequant.losses import LABELS, SEQ2SEQ_LM
-from prequant.measure import installed_versions, median_seconds, plain, weight_bytes
+from prequant.measure import machine_settings, median_seconds, plain, saved_bytes, weight_bytes
 from prequant.model import ModelProgram
 from prequant.passes.latent_scales import following
 from prequant.quiet import no_progress_bars
-from prequant.recipes import Recipe, Stage, TuningRecipe
+from prequant.recipes import Stage, StagedRecipe, TuningRecipe
 from prequant.report import LATENCY_BATCH, CompressionReport, ModelFigures
 from prequant.report_file import write_report
 from prequant.runtime import PrequantError
@@ -110,7 +107,7 @@ class _Workbench:
 
 def compress(
     source: str | Path,
-    recipe: Recipe,
+    recipe: StagedRecipe,
     task: Task,
     data: str | Path | None,
     out: str | Path,
@@ -151,7 +148,7 @@ def compress(
 
 def _compress(
     source: str | Path,
-    recipe: Recipe,
+    recipe: StagedRecipe,
     task: Task,
     data: str | Path | None,
     out: Path,
@@ -231,7 +228,7 @@ def _compress(
                 "baseline": baseline,
                 "baseline_training": asdict(training) if baseline == TRAIN else None,
                 "seed": recipe.training.seed,
-                **_machine(),
+                **machine_settings(),
             },
             passes=[item.to_dict() for item in program.reports],
         )
@@ -283,11 +280,5 @@ def _baseline(
         parameters = sum(p.numel() for p in compared.parameters())
     if misfit := bench.task.misfit(compared.config):
         raise SourceError(f"the baseline {kind} does not serve {bench.task.name}: {misfit}")
-    with tempfile.TemporaryDirectory() as scratch, no_progress_bars():
-        compared.save_pretrained(scratch)
-        size = weight_bytes(Path(scratch))
+    size = saved_bytes(compared)
     return [(compared, ModelFigures(bench.score(compared).scores, size, parameters, trained, math.nan, result))]
-
-
-def _machine() -> Mapping[str, Any]:
-    return {"threads": torch.get_num_threads(), "machine": platform.machine(), "versions": installed_versions()}

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,11 @@ from types import TracebackType
 from typing import Any
 
 import psutil
+import torch
 from torch import nn
+from transformers import PreTrainedModel
+
+from prequant.quiet import no_progress_bars
 
 
 class PeakMemory:
@@ -101,6 +106,18 @@ def median_seconds(calls: Sequence[Callable[[], object]], repeats: int = 20, war
 def weight_bytes(folder: Path) -> int:
     """Bytes of the safetensors files in a model folder, as they are on disk."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def saved_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the safetensors files that a transformers model is saved in."""
+    with tempfile.TemporaryDirectory() as scratch, no_progress_bars():
+        model.save_pretrained(scratch)
+        return weight_bytes(Path(scratch))
+
+
+def machine_settings() -> dict[str, Any]:
+    """What a result depends on beside its settings: threads, the kind of machine, versions."""
+    return {"threads": torch.get_num_threads(), "machine": platform.machine(), "versions": installed_versions()}
 
 
 PACKAGES = ("prequant", "torch", "transformers", "accelerate", "tokenizers", "datasets", "safetensors", "numpy")

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prequant.inspection import WeightRow, error_summary, rows_to_json
+from prequant.reconstruction import ModuleFigures
 from prequant.training import TrainingResult
 
 LATENCY_BATCH = 32
@@ -22,8 +23,8 @@ class ModelFigures:
 
     ``scores`` by metric, the one that models are compared by first; ``bytes_on_disk`` are those of the safetensors
     files; ``parameters`` those of the model before compression, ``trainable`` those of them that were trained;
-    ``latency`` is in seconds, the median for one padded batch of :data:`LATENCY_BATCH`. ``bits``: of a parameter, for
-    methods whose papers count as if every one took so many.
+    ``latency`` is in seconds, the median for one padded batch of :data:`LATENCY_BATCH`, or as many as settings say.
+    ``bits``: of a parameter, for methods whose papers count as if every one took so many.
     """
 
     scores: Mapping[str, float]
@@ -40,9 +41,9 @@ class ModelFigures:
         return None if self.bits is None else math.ceil(self.parameters * self.bits / 8)
 
     @property
-    def metric(self) -> float:
-        """The score that models are compared by."""
-        return next(iter(self.scores.values()))
+    def metric(self) -> float | None:
+        """The score that models are compared by; None where nothing was scored."""
+        return next(iter(self.scores.values()), None)
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -70,8 +71,9 @@ class CompressionReport:
         base, ours = self.baseline, self.compressed
         if base is None:
             return {}
+        scored = {} if ours.metric is None or base.metric is None else {"metric": ours.metric - base.metric}
         return {
-            "metric": ours.metric - base.metric,
+            **scored,
             "size": base.bytes_on_disk / ours.bytes_on_disk,
             "latency": base.latency / ours.latency,
         } | self._nominal()
@@ -99,7 +101,9 @@ class CompressionReport:
 
     def table(self) -> Table:
         """The comparison, one column per model."""
-        table = Table(title=Text(f"{self.settings['model']} on {self.settings['task']}"), title_justify="left")
+        task = self.settings["task"]
+        title = Text(str(self.settings["model"]) + (f" on {task}" if task else ""))
+        table = Table(title=title, title_justify="left")
         table.add_column("", overflow="fold")
         columns = [figures for figures in (self.baseline, self.compressed) if figures is not None]
         if self.baseline is not None:
@@ -130,7 +134,7 @@ class CompressionReport:
             ("trained", lambda figures: f"{figures.trainable:,}", ""),
             ("share trained", lambda figures: f"{figures.trainable / figures.parameters:.2%}", ""),
             (
-                f"ms, batch of {LATENCY_BATCH}, {threads} threads",
+                f"ms, batch of {self.settings.get('latency_batch', LATENCY_BATCH)}, {threads} threads",
                 lambda figures: f"{1e3 * figures.latency:.1f}",
                 _times(versus.get("latency"), "faster", "slower"),
             ),
@@ -165,6 +169,31 @@ class CompressionReport:
             lambda figures: f"{figures.scores[name]:.4f}",
             "" if gain is None else f"{gain:+.4f}",
         )
+
+
+@dataclass(frozen=True)
+class ReconstructionReport(CompressionReport):
+    """What :func:`prequant.reconstruct.reconstruct` measured: the comparison, and how each module fared.
+
+    ``metric_name`` is empty, and scores are, where there was no task.
+    """
+
+    modules: tuple[ModuleFigures, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """See :meth:`CompressionReport.to_json`."""
+        return {**super().to_json(), "modules": [asdict(module) for module in self.modules]}
+
+    def modules_table(self) -> Table:
+        """A row for each module."""
+        table = Table(title="modules", title_justify="left")
+        for column in ("", "layers", "steps", "seconds", "squared error, first steps", "last steps", "peak MB"):
+            table.add_column(column, justify="right")
+        for module in self.modules:
+            losses = (f"{loss:.3g}" for loss in (module.first_loss, module.last_loss))
+            numbers = (module.number + 1, module.blocks, f"{module.steps:,}", f"{module.seconds:.0f}")
+            table.add_row(*map(str, numbers), *losses, f"{module.peak_memory / 1e6:.0f}")
+        return table
 
 
 def _times(factor: float | None, above: str, below: str) -> str:

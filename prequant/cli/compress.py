@@ -15,8 +15,13 @@ from .app import command, show
 def compress(
     model: options.Model,
     out: options.Out,
-    task: options.TaskName,
-    recipe: Annotated[str, typer.Option(help="The method: prequant, alphatuning or xtc.")] = "prequant",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="The task, such as sst2; 'prequant tasks' lists them. Only mrem can do without.", show_default=False
+        ),
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="The method: prequant, alphatuning, xtc or mrem.")] = "prequant",
     data: options.Data = None,
     bits: Annotated[int | None, typer.Option(help="Bits per weight, 1 to 8.", show_default="the recipe's")] = None,
     granularity: Annotated[
@@ -30,10 +35,24 @@ def compress(
         float | None,
         typer.Option(help="Share of the weights kept as trainable outliers.", show_default="the recipe's"),
     ] = None,
+    activation_bits: Annotated[
+        int | None,
+        typer.Option(help="Bits of the inputs of linears; 0 leaves them in float.", show_default="the recipe's"),
+    ] = None,
     keep: Annotated[
         str | None,
         typer.Option(help="Numbers of the layers to keep, counted from 0: 1,3,5.", show_default="all of them"),
     ] = None,
+    modules: Annotated[
+        int | None, typer.Option(help="How many modules mrem cuts the model into.", show_default="the recipe's")
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="A file of texts that mrem looks at.", show_default="those of the task's training set"),
+    ] = None,
+    parallel: Annotated[
+        bool, typer.Option("--parallel", help="All modules at once: under torchrun, each in a process of its own.")
+    ] = False,
     set_: options.Set = [],  # noqa: B006
     train: Annotated[bool, typer.Option("--train/--no-train", help="Whether stage 2 trains.")] = True,
     baseline: Annotated[
@@ -68,12 +87,22 @@ def compress(
 
     from prequant.compress import compress as run
     from prequant.compress import default_baseline_training
-    from prequant.recipes import recipe_type
+    from prequant.recipes import MREM, StagedRecipe, recipe_type
+    from prequant.reconstruct import reconstruct
+    from prequant.runtime import PrequantError
     from prequant.tasks import task as find_task
 
     from .settings import assignments, trained_with, with_fields
 
-    given = {"bits": bits, "granularity": granularity, "strategy": strategy, "outlier_ratio": outlier_ratio}
+    given = {
+        "bits": bits,
+        "granularity": granularity,
+        "strategy": strategy,
+        "outlier_ratio": outlier_ratio,
+        "activation_bits": activation_bits,
+        "modules": modules,
+        "parallel": parallel or None,
+    }
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if keep is not None:
         settings["keep"] = f"[{keep}]"  # as YAML has lists
@@ -86,10 +115,36 @@ def compress(
     compared = default_baseline_training(training)
     if baseline_learning_rate is not None:
         compared = replace(compared, learning_rate=baseline_learning_rate)
+    chosen = with_fields(replace(chosen, training=training), settings)
+    found = None if task is None else find_task(task)
+    if isinstance(chosen, MREM):
+        if adapter is not None or baseline not in (None, "given"):
+            raise PrequantError("mrem compares with the model as it is given, and makes no adapter")
+        made = reconstruct(
+            model,
+            chosen,
+            out,
+            calibration=calibration,
+            task=found,
+            data=data,
+            max_length=max_length,
+            save_steps=save_steps,
+            progress=not quiet,
+        )
+        if made is not None:  # by the first process, where there are several
+            show(made.table())
+            show(made.modules_table())
+            show(f"saved to {out}")
+        return
+    if found is None:
+        raise PrequantError(f"--task is missing: {chosen.name} trains for a task; 'prequant tasks' lists them")
+    if calibration is not None:
+        raise PrequantError(f"--calibration is for mrem: {chosen.name} reads the task's data")
+    assert isinstance(chosen, StagedRecipe)
     report = run(
         model,
-        with_fields(replace(chosen, training=training), settings),
-        find_task(task),
+        chosen,
+        found,
         data,
         out,
         baseline=baseline,

@@ -42,7 +42,9 @@ def trained_with(
         "eval_steps": eval_steps,
     }
     known = {name: value for name, value in given.items() if value is not None}
-    return replace(training, max_steps=max_steps, seed=seed, **known)
+    # A recipe whose budget is in steps keeps it, unless it is told otherwise.
+    steps = training.max_steps if max_steps == -1 and epochs is None else max_steps
+    return replace(training, max_steps=steps, seed=seed, **known)
 
 
 def assignments(texts: Sequence[str]) -> dict[str, str]:

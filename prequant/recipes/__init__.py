@@ -6,11 +6,12 @@ from prequant.passes.options import near_misses
 from prequant.runtime import PrequantError
 
 from .alphatuning import AlphaTuning
-from .base import Recipe, Stage, TuningRecipe
+from .base import Recipe, Stage, StagedRecipe, TuningRecipe
+from .mrem import MREM
 from .prequant import PreQuant
 from .xtc import XTC
 
-RECIPES: Mapping[str, type[Recipe]] = {kind.name: kind for kind in (AlphaTuning, PreQuant, XTC)}
+RECIPES: Mapping[str, type[Recipe]] = {kind.name: kind for kind in (AlphaTuning, MREM, PreQuant, XTC)}
 
 
 def recipe_type(name: str) -> type[Recipe]:
@@ -20,4 +21,14 @@ def recipe_type(name: str) -> type[Recipe]:
     return RECIPES[name]
 
 
-__all__ = ["RECIPES", "XTC", "AlphaTuning", "PreQuant", "Recipe", "Stage", "TuningRecipe", "recipe_type"]
+__all__ = [
+    "RECIPES",
+    "XTC",
+    "AlphaTuning",
+    "PreQuant",
+    "Recipe",
+    "Stage",
+    "StagedRecipe",
+    "TuningRecipe",
+    "recipe_type",
+]

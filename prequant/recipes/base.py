@@ -19,10 +19,13 @@ from prequant.passes import (
     Plan,
     Program,
     Train,
+    WeightSite,
     weight_sites,
 )
+from prequant.passes.blocks import find_stacks
 from prequant.passes.options import fit, options_of
 from prequant.passes.packed import packed_uses
+from prequant.runtime import PrequantError
 from prequant.training import TrainingSettings
 
 
@@ -62,12 +65,6 @@ class Recipe(ABC):
             object.__setattr__(self, option.name, value)
 
     @abstractmethod
-    def stage(self, number: int, program: Program, original: Program, head: tuple[str, ...]) -> Stage:
-        """A training, counted from 0, of what the one before left of the program, at first the original, which is
-        canonical; ``head`` names the parameters of the task head.
-        """
-
-    @abstractmethod
     def finish(self) -> Pipeline:
         """Passes that run after the last training."""
 
@@ -75,11 +72,6 @@ class Recipe(ABC):
     @abstractmethod
     def trains(self) -> bool:
         """Whether there is anything to train."""
-
-    @property
-    def stages(self) -> int:
-        """How many trainings there are."""
-        return 1
 
     @property
     def nominal_bits(self) -> int | None:
@@ -97,7 +89,23 @@ class Recipe(ABC):
 
 
 @dataclass(frozen=True)
-class TuningRecipe(Recipe):
+class StagedRecipe(Recipe):
+    """A method that trains the whole model at once on a task's data, one time or several."""
+
+    @abstractmethod
+    def stage(self, number: int, program: Program, original: Program, head: tuple[str, ...]) -> Stage:
+        """A training, counted from 0, of what the one before left of the program, at first the original, which is
+        canonical; ``head`` names the parameters of the task head.
+        """
+
+    @property
+    def stages(self) -> int:
+        """How many trainings there are."""
+        return 1
+
+
+@dataclass(frozen=True)
+class TuningRecipe(StagedRecipe):
     """A method that compresses first, and then trains a small part, for one task after another on the same codes."""
 
     @abstractmethod
@@ -116,6 +124,24 @@ class TuningRecipe(Recipe):
 def head_weights(program: Program, head: tuple[str, ...]) -> tuple[str, ...]:
     """Names of the weights among the parameters of the task head, by which passes leave them alone."""
     return tuple(site.name for site in weight_sites(program) if not set(head).isdisjoint(site.names))
+
+
+def weights_to_quantize(
+    program: Program, head: tuple[str, ...], everywhere: bool = False
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the linears of the layers (``everywhere``: those outside of them as well, such as a pooler's, but for
+    the task head's), and of the table of words: the embedding with most rows.
+
+    Raises :class:`PrequantError` for a model without one of them.
+    """
+    inside = {node for stack in find_stacks(program) for body in stack.bodies for node in body}
+    sites = [site for site in weight_sites(program) if set(head).isdisjoint(site.names)]
+    chosen = [site for site in sites if everywhere or inside.issuperset(site.consumers)]
+    linears = tuple(site.name for site in chosen if site.kind == "linear")
+    tables: list[WeightSite] = [site for site in sites if "embedding" in site.kind]
+    if not linears or not tables:
+        raise PrequantError("the model has no layers with linears, or no embedding, to quantize")
+    return linears, (max(tables, key=lambda site: site.shape[0]).name,)
 
 
 def has_biases(program: Program) -> bool:

@@ -20,14 +20,12 @@ from prequant.passes import (
     QuantizeActivations,
     QuantizeWeights,
     Train,
-    WeightSite,
-    weight_sites,
 )
 from prequant.passes.blocks import find_stacks
 from prequant.runtime import Granularity, PrequantError
 from prequant.training import TrainingSettings
 
-from .base import Recipe, Stage, speed_passes
+from .base import Stage, StagedRecipe, speed_passes, weights_to_quantize
 
 FLOAT, TERNARY = 32, 2
 
@@ -38,7 +36,7 @@ def _budget() -> TrainingSettings:
 
 
 @dataclass(frozen=True)
-class XTC(Recipe):
+class XTC(StagedRecipe):
     """The student is made of the teacher's layers named by ``keep`` (or ``count``), and learns the teacher's logits,
     attention scores and hidden states on the task's data. Then its weights become binary or ternary: latent ones that
     train with an identity gradient, under scales that follow them. Inputs of linears get 8 bits for each token, and the
@@ -109,7 +107,7 @@ class XTC(Recipe):
             # All of it trains, and is a copy: the teacher shares the tensors otherwise.
             passes = [self._drop(), Train(head=("*",)), *expose]
             return Stage(Pipeline(passes), self.reduction or self.training, layers)
-        linears, words = _quantized(program, head)
+        linears, words = weights_to_quantize(program, head)
         rest = tuple(name for name, _ in program.named_parameters() if name not in (*linears, *words))
         passes = [*self._quantize(linears, words), Train(latents=True, head=rest), *expose]
         return Stage(Pipeline(passes), self.training, layers, scales_follow=True)
@@ -141,14 +139,3 @@ class XTC(Recipe):
         if self.activation_bits:
             passes.append(QuantizeActivations(bits=self.activation_bits, include=linears))
         return passes
-
-
-def _quantized(program: Program, head: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the linears of the layers, and of the table of words: the embedding with most rows."""
-    inside = {node for stack in find_stacks(program) for body in stack.bodies for node in body}
-    sites = [site for site in weight_sites(program) if set(head).isdisjoint(site.names)]
-    linears = tuple(site.name for site in sites if inside.issuperset(site.consumers) and site.kind == "linear")
-    tables: list[WeightSite] = [site for site in sites if "embedding" in site.kind]
-    if not linears or not tables:
-        raise PrequantError("xtc found no layers with linears, or no embedding, in the model")
-    return linears, (max(tables, key=lambda site: site.shape[0]).name,)

@@ -34,6 +34,7 @@ VERSION = 1
 _KEY = "prequant_training"
 _PARAMETER, _BEST, _STEP, _MOMENTS = "parameters", "best", "step", ("exp_avg", "exp_avg_sq")
 _GENERATOR = "generator"
+_NUMBERS = ("loss", "first_loss", "seconds")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class State:
-    """A training after ``step`` steps: what these took, and the tensors by name. ``best``: step and score."""
+    """A training after ``step`` steps: what these took, and the tensors by name. ``loss``: a sum, or a mean, as the
+    training reckons it; ``first_loss`` the like of its beginning. ``best``: step and score.
+    """
 
     step: int
     loss: float
@@ -63,19 +66,26 @@ class State:
     peak_memory: int
     best: tuple[int, float] | None
     tensors: Mapping[str, Tensor]
+    first_loss: float = 0.0
 
 
 # ---- which training it is --------------------------------------------------------------------------------------------
 
 
-def identity(model: nn.Module, rows: Dataset, settings: TrainingSettings, about: Mapping[str, Any]) -> dict[str, Any]:
-    """What a training is known by, before it begins: settings, and hashes of the model's tensors and of the data."""
-    of_model, of_data = hashlib.sha256(), hashlib.sha256()
+def identity(model: nn.Module, data: str, settings: TrainingSettings, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training is known by, before it begins: settings, hashes of the model's tensors and of the ``data``."""
+    of_model = hashlib.sha256()
     hash_tensors(of_model, model.state_dict())
-    for column in rows.column_names:
-        of_data.update(f"{column}={rows[column][:]!r}".encode())
-    found = {"settings": asdict(settings), "model": of_model.hexdigest(), "data": of_data.hexdigest(), "about": about}
+    found = {"settings": asdict(settings), "model": of_model.hexdigest(), "data": data, "about": about}
     return dict(json.loads(json.dumps(found, allow_nan=False)))
+
+
+def hash_of(rows: Dataset) -> str:
+    """SHA-256, in hexadecimal, of all columns."""
+    sha = hashlib.sha256()
+    for column in rows.column_names:
+        sha.update(f"{column}={rows[column][:]!r}".encode())
+    return sha.hexdigest()
 
 
 def _difference(ours: Any, theirs: Any, path: str = "") -> str:
@@ -140,6 +150,7 @@ def write_state(path: Path, known_by: Mapping[str, Any], state: State) -> None:
         "training": known_by,
         "step": state.step,
         "loss": state.loss,
+        "first_loss": state.first_loss,
         "seconds": state.seconds,
         "peak_memory": state.peak_memory,
         "best": None if state.best is None else {"step": state.best[0], "score": str(state.best[1])},
@@ -181,8 +192,8 @@ def read_state(path: Path, known_by: Mapping[str, Any], like: Mapping[str, Tenso
             check_finite(None, value, f"{path}: {name}")
         if name.startswith((f"{_STEP}.", f"{_MOMENTS[1]}.")) and bool((value < 0).any()):
             raise CheckpointError(f"{path}: {name} holds {float(value.min()):g}; steps and squares are never below 0")
-    numbers = record.get("loss", float), record.get("seconds", float)
-    return State(step, *numbers, record.get("peak_memory", int), best, tensors)
+    loss, first_loss, seconds = (record.get(name, float) for name in _NUMBERS)
+    return State(step, loss, seconds, record.get("peak_memory", int), best, tensors, first_loss)
 
 
 def _score(record: Record) -> float:
@@ -208,8 +219,8 @@ def _record(path: Path) -> Record:
     record = Record(parse_json(text, str(path)), f"{path}, {_KEY}")
     if (version := record.get("version", int)) != VERSION:
         raise CheckpointError(f"{record.where}: version {version}; this prequant reads version {VERSION}")
-    record.only(("version", "training", "step", "loss", "seconds", "peak_memory", "best"))
-    for name in ("loss", "seconds"):
+    record.only(("version", "training", "step", "peak_memory", "best", *_NUMBERS))
+    for name in _NUMBERS:
         if not math.isfinite(record.get(name, float)):
             raise CheckpointError(f"{record.where}: {name} is {record.value[name]}")
     return record

@@ -24,7 +24,7 @@ from prequant.tasks import Collator
 
 from .batches import Batches, steps_of
 from .best import Best
-from .checkpoints import Checkpoints, identity
+from .checkpoints import Checkpoints, hash_of, identity
 from .course import Course
 from .settings import TrainingError, TrainingResult, TrainingSettings, parameter_groups
 
@@ -64,7 +64,7 @@ def finetune(
     steps = steps_of(settings, len(lengths))
     course = Course(model, optimizer, best, steps)
     if checkpoints is not None:
-        course.keep(checkpoints, identity(model, train, settings, checkpoints.about), progress)
+        course.keep(checkpoints, identity(model, hash_of(train), settings, checkpoints.about), progress)
     if course.done < steps:
         order = Batches(lengths, settings, course.done)
         _train(model, train, collate, settings, optimizer, order, progress, after_step, best, course)

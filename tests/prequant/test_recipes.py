@@ -7,7 +7,7 @@ import torch
 
 from prequant.measure import plain
 from prequant.passes import OptionError, Program, weights
-from prequant.recipes import RECIPES, XTC, AlphaTuning, PreQuant, recipe_type
+from prequant.recipes import MREM, RECIPES, XTC, AlphaTuning, PreQuant, recipe_type
 from prequant.runtime import Granularity, PrequantError
 from prequant.sources import canonical_program, head_parameters
 from prequant.training import TrainingSettings
@@ -81,7 +81,7 @@ def test_options_are_brought_into_their_types() -> None:
 
 
 def test_recipes_are_found_by_name() -> None:
-    assert {"alphatuning": AlphaTuning, "prequant": PreQuant, "xtc": XTC} == RECIPES and recipe_type(
+    assert {"alphatuning": AlphaTuning, "mrem": MREM, "prequant": PreQuant, "xtc": XTC} == RECIPES and recipe_type(
         "prequant"
     ) is PreQuant
     with pytest.raises(PrequantError, match="there is no recipe 'pre-quant'; did you mean prequant"):
