@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
@@ -71,11 +71,16 @@ def find_stacks(program: Program) -> tuple[Stack, ...]:
     """
     flow = data_flow(program.graph)
     order = {node: number for number, node in enumerate(program.graph.nodes)}
-    dominators = cache(lambda source: nx.immediate_dominators(flow, source))
-    found = [_stack(flow, dominators, order, path, calls) for path, calls in numbered(program.graph).items()]
-    stacks = sorted((stack for stack in found if stack is not None), key=lambda stack: order[stack.boundaries[0]])
-    # Of stacks in one another, as a list of one group that holds the layers, the inner one says more.
-    return tuple(s for s in stacks if not any(other.path.startswith(f"{s.path}.") for other in stacks))
+    candidates = numbered(program.graph)
+    found = _innermost(_stacks(flow, order, candidates))
+    # A decoder of the text that the encoder reads: what that gives enters each block past the one before, as masks do,
+    # so there is no boundary between them; and a single block seems to hold the encoder.
+    found = [stack for stack in found if not any(_holds(stack, other) for other in found)]
+    ends = {stack.boundaries[-1] for stack in found}
+    left = {path: calls for path, calls in candidates.items() if path not in {stack.path for stack in found}}
+    if ends and left:
+        found = _innermost([*found, *_stacks(nx.restricted_view(flow, ends, ()), order, left)])
+    return tuple(sorted(found, key=lambda stack: order[stack.boundaries[0]]))
 
 
 def data_flow(graph: fx.Graph) -> nx.DiGraph:
@@ -132,6 +137,22 @@ def numbered(graph: fx.Graph) -> dict[str, list[Call]]:
                 calls[-1].weights |= read
                 kinds.setdefault(list_path, set()).add(kind)
     return {path: calls for path, calls in found.items() if len(kinds[path]) == 1}
+
+
+def _stacks(flow: nx.DiGraph, order: dict[fx.Node, int], candidates: Mapping[str, Sequence[Call]]) -> list[Stack]:
+    dominators = cache(lambda source: nx.immediate_dominators(flow, source))
+    found = (_stack(flow, dominators, order, path, calls) for path, calls in candidates.items())
+    return [stack for stack in found if stack is not None]
+
+
+def _innermost(stacks: Sequence[Stack]) -> list[Stack]:
+    """Of stacks in one another, as a list of one group that holds the layers, the inner one, which says more."""
+    return [s for s in stacks if not any(other.path.startswith(f"{s.path}.") for other in stacks)]
+
+
+def _holds(stack: Stack, other: Stack) -> bool:
+    """Whether another stack lies within the blocks of this one."""
+    return stack is not other and any(other.boundaries[-1] in body for body in stack.bodies)
 
 
 def _stack(

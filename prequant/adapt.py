@@ -25,7 +25,7 @@ from prequant.quiet import no_progress_bars
 from prequant.recipes import AlphaTuning, PreQuant, TuningRecipe
 from prequant.recipes.base import speed_passes
 from prequant.runtime import Scheme, WeightFormat
-from prequant.sources import AUTO_CLASSES, WRITERS, SourceError, check_length, is_compressed, load_tokenizer
+from prequant.sources import AUTO_CLASSES, WRITERS, SourceError, check_length, holds_program, load_tokenizer
 from prequant.tasks import Limits, Task
 from prequant.tasks.data import described
 from prequant.training import TrainingResult, Unfinished, finetune
@@ -150,7 +150,7 @@ def _adapt(
 
 def load_base(folder: str | Path) -> ModelProgram:
     """A folder that prequant saved of a transformers model. Raises :class:`SourceError` for another."""
-    if not is_compressed(folder):
+    if not holds_program(folder):
         raise SourceError(f"{folder} is no folder that prequant saved; compress a model first")
     program = load(folder)
     if not isinstance(program, ModelProgram):

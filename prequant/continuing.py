@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer,
 
 from prequant.checkpoint import load
 from prequant.model import ModelProgram
-from prequant.sources import SourceError, is_compressed, load_model, load_tokenizer, with_adapter
+from prequant.sources import SourceError, holds_program, load_model, load_tokenizer, with_adapter
 
 
 def load_generator(
@@ -20,7 +20,7 @@ def load_generator(
     Raises :class:`SourceError` for a model that does not generate, and what
     :func:`~prequant.sources.with_adapter` does.
     """
-    model: Any = load(source) if is_compressed(source) else load_model(source)
+    model: Any = load(source) if holds_program(source) else load_model(source)
     model = with_adapter(model, source, adapter)
     if not (isinstance(model, (PreTrainedModel, ModelProgram)) and model.can_generate()):
         raise SourceError(f"{source} holds a {type(model).__name__}, which does not generate text")

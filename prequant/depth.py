@@ -14,6 +14,12 @@ ENCODER = ("num_layers", "encoder_layers")
 """What configurations of models with both call their depths."""
 
 
+def depths(config: PretrainedConfig) -> dict[str, int]:
+    """What a configuration says of how many layers there are, by the names that it has for that."""
+    names = ("num_hidden_layers", *ENCODER, *DECODER)
+    return {name: value for name in names if isinstance(value := getattr(config, name, None), int)}
+
+
 def shallower(config: PretrainedConfig, stack: str, depth: int, kept: Sequence[int]) -> PretrainedConfig:
     """A copy of ``config`` for a model that has, of the ``depth`` layers whose modules are ``stack.0`` and so on, those
     numbered ``kept``. What it lists layer by layer (``layer_types``) is theirs.

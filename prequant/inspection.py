@@ -13,6 +13,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from prequant.depth import depths
+from prequant.model import ModelProgram
 from prequant.passes import Program, weights
 from prequant.passes.weights import WeightView, float_bytes
 from prequant.runtime import PrequantError, sqnr
@@ -50,8 +52,10 @@ def weight_rows(
 
     The error of compressed ones is measured against ``original``, a float Program of the same model in canonical form,
     or taken from ``recorded`` (dB by weight name). Raises :class:`PrequantError` if ``original`` is of another model: a
-    compressed weight is not in it, or is of another shape there.
+    compressed weight is not in it, or is of another shape there, or there are more layers, so that names mean others.
     """
+    if isinstance(program, ModelProgram) and isinstance(original, ModelProgram):
+        _check_depths(depths(program.config), depths(original.config))
     floats = {name: view for view in weights(original) for name in view.program.names_of(view.name)} if original else {}
     views = weights(program)
     pairs = {view.name: found for view in views if (found := _same_weight(view, floats)) is not None}
@@ -61,6 +65,15 @@ def weight_rows(
                 has = next(iter(floats), "no weight")
                 raise PrequantError(f"{view.name} is not in the original (it has {has}): this is another model")
     return [_row(program, view, pairs.get(view.name), (recorded or {}).get(view.name)) for view in views]
+
+
+def _check_depths(own: Mapping[str, int], originals: Mapping[str, int]) -> None:
+    for name, count in own.items():
+        if originals.get(name, count) != count:
+            raise PrequantError(
+                f"the model has {count} layers, the original {originals[name]} ({name}): which of them it was made of "
+                "is not known, so no weight can be compared"
+            )
 
 
 def _same_weight(view: WeightView, originals: Mapping[str, WeightView]) -> WeightView | None:

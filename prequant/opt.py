@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +13,8 @@ from prequant.checkpoint.atomic import replacing
 from prequant.checkpoint.folder import is_ours
 from prequant.inspection import rows_to_json, weight_rows
 from prequant.measure import installed_versions
-from prequant.passes import Canonicalize, Program, weights
+from prequant.passes import Canonicalize, DropLayers, Pipeline, Program, weights
 from prequant.report_file import recorded_errors, write_report
-from prequant.sources import is_compressed
 
 
 def save_with_errors(
@@ -26,18 +23,21 @@ def save_with_errors(
     source: str | Path,
     folder: Path,
     tokenizer: PreTrainedTokenizerBase | None,
-    settings: Mapping[str, Any],
+    steps: Pipeline,
 ) -> None:
     """Save ``program``, and beside it a report: the error of each weight, what the passes did, settings.
 
-    Errors are measured against ``original``, which ``source`` holds. Where that is compressed itself, what was recorded
-    beside it stands for the weights that are still the same; of others it is not known.
+    ``steps`` made it from ``original``, which ``source`` holds and against which errors are measured. Where that is
+    compressed itself, what was recorded beside it stands for the weights that are still the same; of others it is not
+    known.
     """
-    original = Canonicalize()(original)
+    # Where layers are dropped, others take their names: a weight is compared with what it was made of.
+    dropped = [step for step in steps.passes if isinstance(step, DropLayers)]
+    original = Pipeline([Canonicalize(), *dropped])(original)
     if all(view.tensors.keys() == {"dense"} for view in weights(original)):
         rows = weight_rows(program, original)
     else:
-        known = (recorded_errors(Path(source)) or {}) if is_compressed(source) else {}
+        known = {} if dropped else recorded_errors(Path(source)) or {}
         before = {view.name: view.value() for view in weights(original) if view.name in known}
         same = [
             view.name for view in weights(program) if view.name in before and _equal(view.value(), before[view.name])
@@ -46,7 +46,7 @@ def save_with_errors(
     content = {
         "weights": rows_to_json(rows),
         "passes": [report.to_dict() for report in program.reports],
-        "settings": {"model": str(source), **settings, "versions": installed_versions()},
+        "settings": {"model": str(source), "pipeline": str(steps), "versions": installed_versions()},
     }
     with replacing(folder, is_ours) as staging:
         save(program, staging, tokenizer)

@@ -27,6 +27,8 @@ from transformers import (
 
 from prequant.checkpoint import load
 from prequant.checkpoint.atomic import check_writable
+from prequant.checkpoint.folder import CONFIG_FILE, GRAPH_FILE
+from prequant.checkpoint.json_file import read_json
 from prequant.losses import (
     CAUSAL_LM,
     QUESTION_ANSWERING,
@@ -62,9 +64,24 @@ class SourceError(PrequantError):
     """A model that is not there, can't be read, or is not what the job takes."""
 
 
+def holds_program(source: str | Path) -> bool:
+    """Whether ``source`` is a folder that prequant saved, compressed or not."""
+    return (Path(source) / GRAPH_FILE).is_file()
+
+
 def is_compressed(source: str | Path) -> bool:
-    """Whether ``source`` is a folder that prequant saved."""
-    return (Path(source) / "prequant.json").is_file()
+    """Whether ``source`` is a folder that prequant saved of more than plain float weights, which transformers alone
+    does not read. A student with fewer layers and nothing else is an ordinary model folder.
+
+    Raises :class:`~prequant.checkpoint.CheckpointError` for one whose files don't belong together.
+    """
+    if not holds_program(source):
+        return False
+    if "quantization_config" in read_json(Path(source) / CONFIG_FILE):
+        return True
+    # Codes under a configuration that doesn't speak of them would leave a model whose weights are drawn at random.
+    load(source)
+    return False
 
 
 def _is_folder(source: str | Path) -> bool:
@@ -153,7 +170,8 @@ def load_for(
     """A float32 model with a head for ``task``, and the names of the parameters that the source lacked: a new head,
     drawn from ``seed``.
 
-    ``tokenizer``: whose padding a model without one of its own goes by. In eval mode. Raises :class:`SourceError`.
+    ``tokenizer``: whose padding a model without one of its own goes by. In eval mode. Raises :class:`SourceError`, also
+    for a folder that prequant saved, unless its weights are plain floats.
     """
     if is_compressed(source):
         raise SourceError(f"{source} is compressed already; give the float model, or use 'prequant opt' to rewrite it")
@@ -203,7 +221,7 @@ def load_scored(
 
     Raises :class:`SourceError` if the head is missing, and what :func:`with_adapter` does.
     """
-    if not is_compressed(source):
+    if not holds_program(source):
         if adapter is not None:
             raise SourceError(f"{source} is not compressed: it takes no adapter")
         tokenizer = load_tokenizer(source)
@@ -286,7 +304,7 @@ def canonical_program(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 def load_program(source: str | Path) -> Program:
     """A Program from whatever ``source`` is: a folder that prequant saved, a model folder, or a hub name."""
-    if is_compressed(source):
+    if holds_program(source):
         return load(source)
     model = load_model(source)
     return trace(model, example_inputs(model, find_tokenizer(source)))

@@ -36,11 +36,11 @@ def opt(
     from prequant.opt import save_with_errors
     from prequant.passes import Damage, Dump, Observer, Pipeline, Timing, Verify
     from prequant.passes.config import FILE_TYPES
-    from prequant.sources import check_output, example_inputs_of, find_tokenizer, is_compressed, load_program
+    from prequant.sources import check_output, example_inputs_of, find_tokenizer, holds_program, load_program
 
     steps = Pipeline.load(pipeline) if pipeline.lower().endswith(FILE_TYPES) else Pipeline.parse(pipeline)
     if out is not None:
-        check_output(out, *(() if is_compressed(model) else (model,)))
+        check_output(out, *(() if holds_program(model) else (model,)))
     program, tokenizer = load_program(model), find_tokenizer(model)
     measured: list[Timing | Damage] = [
         *([Timing()] if timing else []),
@@ -54,5 +54,5 @@ def opt(
     for observer in measured:
         show(observer.table())
     if out is not None:
-        save_with_errors(result, program, model, out, tokenizer, {"pipeline": str(steps)})
+        save_with_errors(result, program, model, out, tokenizer, steps)
         show(f"saved to {out}")

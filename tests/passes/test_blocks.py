@@ -59,6 +59,28 @@ def test_boundaries_are_the_hidden_states_of_the_model(name: str) -> None:
             torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_decoder_of_the_text_that_the_encoder_reads(depth: int) -> None:
+    """Its blocks have two ways from the one input: through each other, and through the encoder."""
+    model = small_model("T5", "ForSequenceClassification", num_layers=depth)
+    inputs = {"input_ids": torch.randint(5, 90, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
+    inputs["input_ids"][:, -1] = model.config.eos_token_id  # where the head looks
+    program = trace(model, inputs)
+    with torch.no_grad():
+        outputs = model(**inputs, output_hidden_states=True)
+    stacks = find_stacks(program)
+    assert [(stack.path, len(stack)) for stack in stacks] == [
+        ("transformer.encoder.block", depth),
+        ("transformer.decoder.block", depth),
+    ]
+    for stack, states in zip(stacks, (outputs.encoder_hidden_states, outputs.decoder_hidden_states), strict=True):
+        shown = program.copy()
+        shown.graph.output_node().args = (tuple(stack_in(shown, stack.boundaries)),)
+        shown.recompile()
+        for one, other in zip(shown.forward(*shown.bind((), inputs))[:depth], states, strict=False):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
 def stack_in(program: object, boundaries: tuple[torch.fx.Node, ...]) -> list[torch.fx.Node]:
     """The nodes of the same names in a copy."""
     names = {node.name: node for node in program.graph.nodes}  # type: ignore[attr-defined]
