@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import fx
@@ -13,7 +14,7 @@ from prequant.runtime.reference import positive_scale
 
 from .base import PassError, Report, WeightPass
 from .options import DTYPES
-from .packed import scoped
+from .packed import packed_uses, scoped
 from .program import Program
 from .scope import Scope
 from .sites import OUTLIER_PREFIX, WeightSite, weight_sites
@@ -112,12 +113,20 @@ def _packed(site: WeightSite) -> WeightSite:
 
 
 def _store_positive_input_scales(program: Program) -> None:
+    for scale, format in _input_scales(program):
+        if isinstance(scale, fx.Node) and scale.op == "get_attr":
+            value = program.tensor(str(scale.target)).detach()
+            program.set_tensor(str(scale.target), positive_scale(value, WeightFormat.parse(format)))
+
+
+def _input_scales(program: Program) -> Iterator[tuple[Any, str]]:
+    """Scale and format of every quantized activation, lowered or not."""
     for node in program.graph.find_nodes(op="call_function", target=ops.fake_quantize):
-        scale = node.args[1]
-        if quantizes_activation(node) and isinstance(scale, fx.Node) and scale.op == "get_attr":
-            name = str(scale.target)
-            format = WeightFormat.parse(str(node.kwargs["format"]))
-            program.set_tensor(name, positive_scale(program.tensor(name).detach(), format))
+        if quantizes_activation(node):
+            yield node.args[1], str(node.kwargs["format"])
+    for use in packed_uses(program.graph):
+        if use.operands.get("input_format"):
+            yield use.operands["input_scale"], str(use.operands["input_format"])
 
 
 def _check_finite(program: Program, parts: set[str]) -> None:

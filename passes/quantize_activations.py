@@ -15,6 +15,7 @@ from .base import Pass, PassError, Report
 from .program import Program, attribute_node
 from .scope import Pattern, Scope
 from .sites import WeightSite, weight_sites
+from .straight import Origin, straight_from
 
 aten = torch.ops.aten
 
@@ -30,6 +31,13 @@ ROLES: dict[Any, dict[int, tuple[str, bool]]] = {
     aten.baddbmm.default: dict(enumerate(PAIR, 1)),
 }
 """The activations that a product reads: position, name, and whether the sum runs over the second last axis."""
+
+NOTHING_AFTER: dict[Origin, str] = {
+    "softmax": "no input comes straight from a softmax: attention probabilities exist in graphs with eager attention, "
+    "and operands='matmul' quantizes them",
+    "activation": "no input comes straight from an activation function; that of a gated one is a product",
+}
+"""What to say where ``asymmetric_after`` finds none."""
 
 
 class Operand(NamedTuple):
@@ -61,9 +69,13 @@ class QuantizeActivations(Pass):
     dynamic: bool = True
     """Scales that just cover each input, found as the Program runs; else static ones that ``calibrate`` finds."""
     observer: str = "minmax"
-    """What a static scale is found with: minmax, moving-average:0.95, percentile:99.99 or entropy."""
+    """What a static scale is found with: minmax, moving-average:0.95, percentile:99.99, entropy, or lsq to train it."""
     symmetric: bool = True
     """Whether 0 lies in the middle of the levels; asymmetric formats are for static scales."""
+    asymmetric_after: tuple[Origin, ...] = ()
+    """Asymmetric formats for the inputs alone that come straight from a softmax (attention probabilities, which only
+    graphs with eager attention have, and ``operands='matmul'`` quantizes) or an activation function (GELU, ReLU, SiLU):
+    few of their values lie below 0. All others are symmetric."""
     operands: Literal["linear", "matmul"] = "linear"
     """The inputs of linears with a stored weight, or also both sides of products of two activations (attention)."""
     include: tuple[Pattern, ...] = field(default=(), kw_only=True)
@@ -80,18 +92,27 @@ class QuantizeActivations(Pass):
             raise PassError("static activation scales are per tensor: give granularity='tensor' with dynamic=False")
         if self.dynamic and not self.symmetric:
             raise PassError("dynamic activation scales are symmetric: give dynamic=False with symmetric=False")
+        if self.asymmetric_after and (self.dynamic or not self.symmetric):
+            raise PassError(
+                "asymmetric_after makes some static scales asymmetric among symmetric ones: "
+                "it goes with dynamic=False and symmetric=True"
+            )
         calibrator(self.observer)
         self.format()
 
-    def format(self) -> WeightFormat:
-        """The format of the quantized inputs, where a row is a token."""
-        return WeightFormat.affine(self.bits, self.granularity, symmetric=self.symmetric)
+    def format(self, origin: Origin | None = None) -> WeightFormat:
+        """The format of the quantized inputs that come straight from ``origin``, where a row is a token."""
+        symmetric = self.symmetric and origin not in self.asymmetric_after
+        return WeightFormat.affine(self.bits, self.granularity, symmetric=symmetric)
 
     def run(self, program: Program) -> Report:
         """Quantize the inputs of every product in scope."""
         report = self.report()
         for operand in self._operands(program, report):
             self._quantize(program, operand, report)
+        for origin in self.asymmetric_after:
+            if not any(change.figures.get("after") == origin for change in report.changes):
+                report.keep(f"asymmetric_after={origin}", NOTHING_AFTER[origin])
         report.totals.update(quantized=len(report.changes), kept=len(report.kept))
         return report
 
@@ -143,16 +164,18 @@ class QuantizeActivations(Pass):
             return
         flip = transposed and self.granularity is Granularity.ROW
         seen = _before(consumer, aten.transpose.int, (input, -1, -2)) if flip else input
-        result = self._fake_quantize(program, seen, consumer, role)
+        origin = straight_from(input, consumer) if self.asymmetric_after else None
+        format = self.format(origin)
+        result = self._fake_quantize(program, seen, consumer, role, str(format))
         if flip:
             result = _before(consumer, aten.transpose.int, (result, -1, -2))
         consumer.update_arg(position, result)
         scale = "dynamic" if self.dynamic else f"static, {self.observer}"
-        report.rewrite(label, str(self.format()), scale=scale, input=input.name)
+        after = {} if format.symmetric or origin is None else {"after": origin}
+        report.rewrite(label, str(format), scale=scale, input=input.name, **after)
 
-    def _fake_quantize(self, program: Program, input: fx.Node, consumer: fx.Node, role: str) -> fx.Node:
-        """The one node that quantizes ``input`` so, made before ``consumer`` or moved up to it."""
-        text = str(self.format())
+    def _fake_quantize(self, program: Program, input: fx.Node, consumer: fx.Node, role: str, text: str) -> fx.Node:
+        """The one node that quantizes ``input`` to a format, made before ``consumer`` or moved up to it."""
         if self.dynamic:
             scale = _before(consumer, ops.dynamic_scale, (input,), format=text)
             return _before(consumer, ops.fake_quantize, (input, scale, None), format=text)

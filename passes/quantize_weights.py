@@ -38,7 +38,7 @@ class QuantizeWeights(WeightPass):
     symmetric: bool = True
     """Whether 0 lies in the middle of the levels; asymmetric formats are for 2 bits and more."""
     strategy: str = "mse"
-    """How the scale of uniform levels is chosen: minmax, percentile:99.9, mse, sigma:3, hqq; others have one way."""
+    """How the scale of uniform levels is chosen: minmax, percentile:99.9, mse, sigma:3, hqq or lsq; others have one."""
     ternary: bool = False
     """Three levels instead of uniform ones, with ``bits=2``."""
     base3: bool = False

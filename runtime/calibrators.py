@@ -168,6 +168,32 @@ class Entropy(Calibrator):
         return max(seen.low, -threshold), min(seen.high, threshold)
 
 
+class LearnedStep(Calibrator):
+    """Where learned step size quantization (LSQ, arXiv 1902.08153) starts, from all values seen: for scales that train.
+
+    The scale is ``2 * mean(|x|) / sqrt(Q)`` with ``Q = 2 ** (bits - 1) - 1``. Asymmetric formats have levels that start
+    at the minimum, and ``4 * mean(x - minimum) / sqrt(Q)`` with ``Q = 2 ** bits - 1`` (BinaryBERT, arXiv 2012.15701);
+    the minimum counts as 0 if it lies above, and the scale is no smaller than it takes to reach 0. At 8 bits the range
+    ends far beyond most values, at 2 bits among them: training is to move it.
+    """
+
+    def __init__(self) -> None:
+        self.sum = self.magnitudes = 0.0
+        self.low = math.inf
+
+    def _observe(self, values: Tensor) -> None:
+        self.sum += float(values.sum(dtype=torch.float64))
+        self.magnitudes += float(values.abs().sum(dtype=torch.float64))
+        self.low = min(self.low, float(values.min()))
+
+    def _range(self, format: WeightFormat) -> tuple[float, float]:
+        if format.symmetric:
+            reach = 2 * self.magnitudes / self.seen * math.sqrt(2 ** (format.bits - 1) - 1)
+            return -reach, reach
+        low = min(self.low, 0.0)
+        return low, low + 4 * (self.sum / self.seen - low) * math.sqrt(format.levels - 1)
+
+
 def _divergence(counts: npt.NDArray[np.float64], first: int, last: int, levels: int) -> float:
     """``KL(P || Q)`` if ``levels`` levels represent the bins ``[first, last)`` and the others are clipped to its ends.
 
@@ -194,6 +220,7 @@ _calibrators: dict[str, type[Calibrator]] = {
     "moving-average": MovingAverage,
     "percentile": Percentile,
     "entropy": Entropy,
+    "lsq": LearnedStep,
 }
 
 

@@ -22,7 +22,7 @@ from .backends import Backend, records_gradients, register_backend
 from .formats import Granularity, Scheme, WeightFormat
 from .native_weight import NeutralWeight, address_of, float_copy
 from .native_workspace import run
-from .reference import Outliers
+from .reference import Outliers, positive_scale
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Inputs and outputs that the kernels take, and what the library calls them."""
@@ -58,7 +58,9 @@ class PackedLayer:
         dtype: torch.dtype,
     ) -> None:
         half = 0 if input_format is None else input_format.levels // 2
-        floats = float_copy(bias), float_copy(input_scale)
+        # A learned scale may have crossed zero: what counts, as everywhere, is its magnitude.
+        static = None if input_format is None or input_scale is None else positive_scale(input_scale, input_format)
+        floats = float_copy(bias), float_copy(static)
         self._kept = (codes, scales, *floats, *map(_memory, (bias, input_scale, input_zero_point)))
         self._linear = native.Linear(
             codes=codes.data_ptr(),

@@ -197,6 +197,23 @@ def mse(weights: Tensor, format: WeightFormat) -> ScaleAndZeroPoint:
     return _covering(best_low, best_high, format)
 
 
+@register_strategy("lsq")
+def lsq(weights: Tensor, format: WeightFormat) -> ScaleAndZeroPoint:
+    """Where learned step size quantization (LSQ, arXiv 1902.08153) starts: for weights and scales that will train.
+
+    The scale is ``2 * mean(|w|) / sqrt(Q)`` with ``Q = 2 ** (bits - 1) - 1``. Asymmetric formats have levels that start
+    at the minimum, and ``4 * mean(w - minimum) / sqrt(Q)`` with ``Q = 2 ** bits - 1`` (BinaryBERT, arXiv 2012.15701);
+    the minimum counts as 0 if it lies above, and the scale is no smaller than it takes to reach 0. At 8 bits the levels
+    end far beyond most weights, at 2 bits among them: training is to move them.
+    """
+    if format.symmetric:
+        reach = 2 * math.sqrt(_positive_levels(format)) * weights.abs().mean(1, keepdim=True)
+        return _covering(-reach, reach, format)
+    low = weights.amin(1, keepdim=True).clamp(max=0)
+    width = 4 * math.sqrt(format.levels - 1) * (weights.mean(1, keepdim=True) - low)
+    return _covering(low, low + width, format)
+
+
 @register_strategy("hqq")
 def hqq(weights: Tensor, format: WeightFormat, norm: float = 0.7) -> ScaleAndZeroPoint:
     """Half-quadratic quantization (Badri and Shaji 2023): least ``|w - q(w)|^norm``, norm < 1: outliers weigh less.

@@ -29,7 +29,9 @@ def compress(
     ] = None,
     strategy: Annotated[
         str | None,
-        typer.Option(help="How scales are chosen: minmax, percentile, mse, sigma, hqq.", show_default="the recipe's"),
+        typer.Option(
+            help="How scales are chosen: minmax, percentile, mse, sigma, hqq, lsq.", show_default="the recipe's"
+        ),
     ] = None,
     outlier_ratio: Annotated[
         float | None,

@@ -51,7 +51,7 @@ def test_golden() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("observer", ["minmax", "moving-average:0.5", "percentile:95", "entropy"])
+@pytest.mark.parametrize("observer", ["minmax", "moving-average:0.5", "percentile:95", "entropy", "lsq"])
 def test_scales_are_those_of_what_the_eager_model_reads(observer: str, symmetric: bool) -> None:
     data = batches()
     program = static(bits=4, observer=observer, symmetric=symmetric)(tiny_mlp_program())

@@ -161,6 +161,22 @@ def test_static_input_scales_are_stored_by_magnitude() -> None:
     assert torch.equal(frozen(**mlp_inputs())["logits"], program(**mlp_inputs())["logits"])
 
 
+def test_a_lowered_program_stores_its_input_scales_by_magnitude_too() -> None:
+    after: Any = ("activation",)
+    quantize = QuantizeActivations(dynamic=False, granularity=Granularity.TENSOR, asymmetric_after=after)
+    calibrated = calibrate(Pipeline([QuantizeWeights(), quantize])(tiny_mlp_program()), [mlp_inputs()], progress=False)
+    expected = calibrated(**mlp_inputs())["logits"]
+    lowered = Lower()(calibrated)
+    scales = {name: lowered.tensor(name).detach() for name in ("first.input.scale", "second.input.scale")}
+    for name, scale in scales.items():
+        lowered.set_tensor(name, -scale)
+    frozen = Freeze()(lowered)
+    for program in (lowered, frozen):
+        with torch.no_grad():
+            assert torch.allclose(program(**mlp_inputs())["logits"], expected, atol=1e-6)
+    assert all(torch.equal(frozen.tensor(name), scale) for name, scale in scales.items())
+
+
 def test_nothing_trains_afterwards_and_the_original_still_does() -> None:
     program = trained(latent())
     frozen = Freeze()(program)

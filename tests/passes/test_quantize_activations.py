@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -248,6 +249,77 @@ def test_static_scales_of_attention_are_named_by_their_role() -> None:
     assert names == ["matmul.left", "matmul.right", "matmul_1.left", "matmul_1.right"]
 
 
+# ---- asymmetric after a softmax or an activation
+
+
+def formats(program: Program) -> dict[str, str]:
+    """Format of each operand, by what the report calls it."""
+    return {change.what: change.how for change in program.reports[-1].changes}
+
+
+def test_only_what_comes_straight_from_an_activation_is_asymmetric() -> None:
+    quantized = QuantizeActivations(asymmetric_after=("activation",), **STATIC)(tiny_mlp_program())
+    assert_golden(
+        quantized,
+        """
+        program(x: f32[batch, length, 8])
+          %uncalibrated_default = uncalibrated<affine8:tensor>(%x, observer=minmax, name=first.input)
+          %linear = linear(%uncalibrated_default, first.weight [16×8 f32], first.bias [16 f32])
+          %relu = relu(%linear)
+          %dropout = dropout(%relu, 0.1, False)
+          %uncalibrated_default_1 = uncalibrated<affine8:tensor:asym>(%dropout, observer=minmax, name=second.input)
+          %linear_1 = linear(%uncalibrated_default_1, second.weight [4×16 f32], second.bias [4 f32])
+          return {logits: %linear_1}
+        """,
+    )
+    report = quantized.reports[-1]
+    assert formats(quantized) == {"first.weight": "affine8:tensor", "second.weight": "affine8:tensor:asym"}
+    assert [change.figures.get("after") for change in report.changes] == [None, "activation"]
+    assert not report.kept
+
+
+def test_only_attention_probabilities_are_asymmetric_after_a_softmax() -> None:
+    program = attention_program()
+    quantized = QuantizeActivations(operands="matmul", asymmetric_after=("softmax", "activation"), **STATIC)(program)
+    found = formats(quantized)
+    assert found.pop("matmul_1, left") == "affine8:tensor:asym"
+    assert set(found) == {
+        *("query.weight", "key.weight", "value.weight", "out.weight"),
+        *("matmul, left", "matmul, right", "matmul_1, right"),
+    }
+    assert set(found.values()) == {"affine8:tensor"}
+    (kept,) = quantized.reports[-1].kept
+    assert kept.what == "asymmetric_after=activation" and "no input comes straight from" in kept.why
+
+
+@pytest.mark.parametrize(("fused", "operands"), [(True, "matmul"), (False, "linear")])
+def test_where_there_are_no_probabilities_the_report_says_so(fused: bool, operands: Any) -> None:
+    quantize = QuantizeActivations(operands=operands, asymmetric_after=("softmax",), **STATIC)
+    quantized = quantize(attention_program(fused))
+    assert set(formats(quantized).values()) == {"affine8:tensor"}
+    reasons = {kept.what: kept.why for kept in quantized.reports[-1].kept}
+    assert "graphs with eager attention, and operands='matmul'" in reasons["asymmetric_after=softmax"]
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_probabilities_use_all_levels_of_their_range(bits: int) -> None:
+    program, inputs = attention_program(), mlp_inputs(2, 6)
+    quantize = QuantizeActivations(
+        bits=bits, operands="matmul", asymmetric_after=("softmax",), include=("matmul_1",), **STATIC
+    )
+    calibrated = calibrate(quantize(program), [inputs], progress=False)
+    model = Attention(False).double()
+    model.load_state_dict({name: value.double() for name, value in program.named_parameters()})
+    x = inputs["x"].double()
+    q, k, v = model.query(x), model.key(x), model.value(x)
+    probabilities = torch.softmax(q @ k.mT * 0.4, -1)
+    step = float(probabilities.max()) / (2**bits - 1)
+    expected = model.out((probabilities / step).round() * step @ rounded(v, bits, per_token=False))
+    assert float((calibrated(**inputs)["logits"] - expected).abs().max()) < 1e-5
+    symmetric = calibrate(replace(quantize, asymmetric_after=())(program), [inputs], progress=False)
+    assert float((symmetric(**inputs)["logits"] - expected).abs().max()) > 1e-4
+
+
 # ---- refusals
 
 
@@ -268,6 +340,12 @@ def test_an_uncalibrated_program_refuses_to_run() -> None:
         ({"observer": "median"}, "'median' is unknown"),
         ({"bits": 9}, "bits=9"),
         ({"operands": "everything"}, "not one of 'linear', 'matmul'"),
+        ({"asymmetric_after": "softmax"}, "it goes with dynamic=False and symmetric=True"),
+        (
+            {"asymmetric_after": "softmax", "symmetric": False, **STATIC},
+            "it goes with dynamic=False and symmetric=True",
+        ),
+        ({"asymmetric_after": "tanh", **STATIC}, "'tanh' is not one of 'softmax', 'activation'"),
     ],
 )
 def test_options_that_do_not_go_together(options: dict[str, Any], message: str) -> None:
@@ -285,3 +363,8 @@ def test_text_form() -> None:
     text = "quantize-activations{granularity=tensor,dynamic=false,observer=percentile:99.9,symmetric=false}"
     assert str(QuantizeActivations(observer="percentile:99.9", symmetric=False, **STATIC)) == text
     assert Pipeline.parse(text).passes == (QuantizeActivations(observer="percentile:99.9", symmetric=False, **STATIC),)
+    after = QuantizeActivations(asymmetric_after=("softmax", "activation"), **STATIC)
+    text = "quantize-activations{granularity=tensor,dynamic=false,asymmetric_after=[softmax,activation]}"
+    assert str(after) == text and Pipeline.parse(text).passes == (after,)
+    one = Pipeline.parse("quantize-activations{granularity=tensor,dynamic=false,asymmetric_after=softmax}")
+    assert one.passes == (QuantizeActivations(asymmetric_after=("softmax",), **STATIC),)

@@ -118,6 +118,47 @@ def test_asymmetric_entropy_never_goes_beyond_what_was_seen() -> None:
     assert low == pytest.approx(float(data.min())) and 3 < high < 40
 
 
+def test_lsq_by_hand() -> None:
+    made = observed("lsq", [torch.tensor([1.0, -2.0, 4.0]), torch.tensor([[-3.0, 0.0, 6.0]])])
+    scale, zero_point = made.scale(WeightFormat.parse("affine3:tensor"))
+    assert zero_point is None
+    assert float(scale) == pytest.approx(2 * (16 / 6) / math.sqrt(3), rel=1e-6)
+    scale, zero_point = made.scale(WeightFormat.parse("affine2:tensor:asym"))
+    assert zero_point is not None
+    assert float(scale) == pytest.approx(4 * (4 + 1 + 7 + 0 + 3 + 9) / 6 / math.sqrt(3), rel=1e-6)
+    assert float(zero_point) == 0.0  # 3 / 9.2
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_lsq_is_the_published_step_of_all_that_was_seen(bits: int) -> None:
+    data = gelu_like()
+    batches = [data[:7], data[7:2002].reshape(3, -1), data[2002:]]
+    exact = data.double().numpy()
+    scale, _ = observed("lsq", batches).scale(WeightFormat.affine(bits, "tensor"))
+    assert float(scale) == pytest.approx(2 * np.abs(exact).mean() / math.sqrt(2 ** (bits - 1) - 1), rel=1e-6)
+    scale, zero_point = observed("lsq", batches).scale(WeightFormat.affine(bits, "tensor", symmetric=False))
+    step = 4 * (exact - exact.min()).mean() / math.sqrt(2**bits - 1)
+    assert float(scale) == pytest.approx(step, rel=1e-6)
+    assert zero_point is not None and float(zero_point) == round(-exact.min() / step)
+
+
+def test_lsq_levels_start_at_zero_where_nothing_is_below_and_reach_it_where_all_is() -> None:
+    probabilities = torch.softmax(torch.randn(50, 20), -1) + 0.01
+    scale, zero_point = observed("lsq", [probabilities]).scale(ASYMMETRIC)
+    assert zero_point is not None and float(zero_point) == 0.0
+    assert float(scale) == pytest.approx(4 * float(probabilities.double().mean()) / math.sqrt(255), rel=1e-6)
+    scale, zero_point = observed("lsq", [torch.linspace(-5.1, -5.0, 9)]).scale(ASYMMETRIC)
+    assert float(scale) == pytest.approx(5.1 / 255, rel=1e-6)
+    assert zero_point is not None and float(zero_point) == 255.0
+
+
+def test_lsq_keeps_count_where_float32_would_not() -> None:
+    made = observed("lsq", [torch.full((1000,), 3e4), *[torch.full((10,), 1e-3)] * 1000])
+    expected = (1000 * 3e4 + 10_000 * 1e-3) / 11_000
+    assert made.magnitudes / made.seen == pytest.approx(expected, rel=1e-9)
+    assert {type(value) for value in vars(made).values()} == {int, float}  # a few numbers, whatever was seen
+
+
 @pytest.mark.parametrize("name", calibrator_names())
 def test_all_zero_activations_get_scale_one(name: str) -> None:
     scale, _ = observed(name, [torch.zeros(5, 5)]).scale(SYMMETRIC)
@@ -129,8 +170,9 @@ def test_half_precision_and_empty_batches_are_taken(name: str) -> None:
     data = torch.randn(64, 8)
     made = observed(name, [torch.empty(0, 8), data.bfloat16()])
     assert made.seen == data.numel()
-    high = made.range(SYMMETRIC)[1]
-    assert 0 < high <= float(data.bfloat16().float().abs().max()) + 1e-6
+    high, seen = made.range(SYMMETRIC)[1], data.bfloat16().float().abs()
+    # A learned step starts at a multiple of the mean, wherever the highest value is.
+    assert 0 < high <= (float(seen.max()) + 1e-6 if name != "lsq" else 2 * math.sqrt(127) * float(seen.mean()) * 1.001)
 
 
 @pytest.mark.parametrize("name", calibrator_names())

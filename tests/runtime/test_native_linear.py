@@ -273,6 +273,19 @@ def test_what_is_not_the_weights_does_not_pack_it_again(isa: str, calls: list[st
     assert calls == ["codes", "scales"]
 
 
+@pytest.mark.parametrize("format", [STATIC, "affine8:tensor"])
+def test_an_input_scale_that_crossed_zero_works_by_its_magnitude(isa: str, kernels_only: None, format: str) -> None:
+    layer, input = Layer("affine4:row", 40, 64), torch.randn(5, 64) * 3
+    scale = torch.full((1, 1), 0.02)
+    zero_point = (torch.full((1, 1), 100.3),) if format == STATIC else ()
+    seen = reference.quantized_input(input, scale, zero_point[0] if zero_point else None, WeightFormat.parse(format))
+    for crossed in (scale, -scale):
+        for _ in range(3):
+            assert_linear(layer(input, format, crossed, *zero_point), seen, layer)
+            crossed.neg_()
+    assert not torch.allclose(layer(seen), layer(input), rtol=0.01)
+
+
 def test_a_tensor_in_the_place_of_another_is_another(isa: str, calls: list[str]) -> None:
     """Memory that is given back is soon used again: at the same address, for a tensor of the same version."""
     layer, input = Layer("affine4:row", 4096, 32), torch.randn(1, 32)
