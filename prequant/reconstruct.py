@@ -212,12 +212,12 @@ def _on_ranks(
         _write_parts(folder, job, here)
         gc.collect()
     module = read_part(folder, here.hear(f"{PREPARED}/{here.rank}"))
-    calibration = read_calibration(folder)
+    module, calibration = module.to(here.device), read_calibration(folder).to(here.device)
     learner = learner_of(recipe, calibration, unfinished)(module)
     started, schedule = time.perf_counter(), schedule_of(recipe, calibration)
     figures = reconstruct_as_rank(here, learner, calibration, schedule, recipe.training.seed, job.progress)
     seconds = time.perf_counter() - started
-    write_trained(folder, module)
+    write_trained(folder, module.to(torch.device("cpu")))
     here.tell(f"written/{here.rank}")
     if here.rank:
         return None

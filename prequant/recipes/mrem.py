@@ -145,8 +145,9 @@ class MREM(Recipe):
             bits=self.activation_bits,
             granularity=Granularity.TENSOR,
             dynamic=False,
-            observer="minmax",
+            observer="lsq",
             operands="matmul" if self.attention else "linear",
+            asymmetric_after=("softmax", "activation"),
             exclude=kept,
         )
 
@@ -160,5 +161,5 @@ class MREM(Recipe):
     def _latent(self, bits: int) -> dict[str, Any]:
         """Options of latent weights. Those whose scale trains have no gradient outside its range."""
         steps = bits > TERNARY and not self.scales_follow
-        strategy = "mse" if steps else "minmax"
+        strategy = "lsq" if steps else "minmax"
         return {"bits": bits, "ternary": bits == TERNARY, "strategy": strategy, "latent": True, "clipped": steps}

@@ -85,6 +85,10 @@ class CalibrationSet(Sequence[Mapping[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.batches)
 
+    def to(self, device: torch.device) -> CalibrationSet:
+        """The batches on a device."""
+        return CalibrationSet([{name: value.to(device) for name, value in batch.items()} for batch in self.batches])
+
     @property
     def rows(self) -> int:
         """How many texts there are."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -62,6 +62,10 @@ class Module:
     def inputs(self) -> tuple[str, ...]:
         """Names of what it is called with: the model's own inputs, and what the module before hands on."""
         return self.teacher.signature.names
+
+    def to(self, device: torch.device) -> Module:
+        """The module on a device."""
+        return replace(self, teacher=self.teacher.to(device), student=self.student.to(device))
 
     @property
     def bytes(self) -> int:

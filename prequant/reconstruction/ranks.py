@@ -255,7 +255,7 @@ def chain(patience: float = PATIENCE) -> Iterator[Chain]:
     What is raised inside ends all ranks, with an error that names this one. Raises :class:`ReconstructionError` where
     another rank has failed.
     """
-    gpus = torch.cuda.is_available()
+    gpus = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if gpus else torch.device("cpu")
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=300))))

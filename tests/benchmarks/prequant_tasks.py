@@ -97,7 +97,7 @@ def lora(bits: int, name: str, work: Path, steps: int) -> dict[str, Any]:
     base = AUTO_CLASSES[of.kind].from_pretrained(folder)
     modules = sorted({key.partition(".")[0] for key in head})
     budget = TrainingSettings(batch_size=BATCH, max_steps=steps, seed=SEED, dropout=False)
-    settings = replace(budget, learning_rate=2e-3, weight_decay=0.0)
+    settings = replace(budget, learning_rate=5e-4, weight_decay=0.0)
     torch.manual_seed(SEED)
     targets = ["query", "key", "value", "attention.output.dense"]
     own: Any = get_peft_model(
