@@ -194,7 +194,8 @@ def read_source(job: Job) -> Source:
 def prepared(read: Source, recipe: MREM, progress: bool) -> tuple[tuple[Module, ...], Partitioned]:
     """The modules of the model and its quantized copy, and the latter's parts."""
     student = recipe.prepare(read.original, read.head, read.calibration[:OBSERVED], progress)
-    return split(read.original, student, recipe.modules, balance=recipe.balance, objective=recipe.objective)
+    count, cuts = (None, recipe.boundaries) if recipe.boundaries else (recipe.modules, None)
+    return split(read.original, student, count, cuts, recipe.balance, recipe.objective)
 
 
 def _on_ranks(
@@ -202,9 +203,9 @@ def _on_ranks(
 ) -> tuple[Source, Program, list[ModuleFigures], float] | None:
     """Train one module in each process. The first reads the model, before and after; between, each has its part."""
     recipe = job.recipe
-    if here.size != recipe.modules:
+    if here.size != recipe.parts:
         raise ReconstructionError(
-            f"{here.size} processes for {recipe.modules} modules: each takes one, so there have to be as many"
+            f"{here.size} processes for {recipe.parts} modules: each takes one, so there have to be as many"
         )
     folder = unfinished.folder
     if here.rank == 0:

@@ -62,6 +62,9 @@ class MREM(Recipe):
     """How many modules, at most one for each layer."""
     balance: Literal["parameters", "flops"] = "flops"
     """Of which each module has about as much."""
+    boundaries: tuple[int, ...] = ()
+    """Instead of modules and balance: how many layers are before each cut, such as those that were measured to take as
+    long as each other."""
     objective: Literal["output", "layers"] = "output"
     """What is compared: the modules' outputs, or those of all layers."""
     padding: bool = False
@@ -105,6 +108,11 @@ class MREM(Recipe):
     def trains(self) -> bool:
         """Always."""
         return True
+
+    @property
+    def parts(self) -> int:
+        """How many modules there are."""
+        return len(self.boundaries) + 1 if self.boundaries else self.modules
 
     @property
     def scales_follow(self) -> bool:

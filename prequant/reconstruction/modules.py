@@ -126,18 +126,17 @@ def split(
     boundaries: Sequence[int] | None = None,
     balance: Literal["parameters", "flops"] = "flops",
     objective: Objective = "output",
-    costs: Sequence[float] | None = None,
 ) -> tuple[tuple[Module, ...], Partitioned]:
     """Both models cut at the same blocks, the first module with the embeddings and the last with the head; and the
     student's parts, which make one Program again.
 
-    ``modules``, ``boundaries`` (numbers of blocks), ``balance`` and ``costs`` as in
+    ``modules``, ``boundaries`` (numbers of blocks) and ``balance`` as in
     :func:`prequant.passes.partition`. What several modules read does not train in any. A module is compared by what it
     hands on, the last by what the model returns and by what its last block gives; with ``objective="layers"`` by what
     every block gives. Raises :class:`PassError` where the model can't be cut so, and :class:`ReconstructionError` where
     the two differ in what crosses.
     """
-    parts = partition(teacher, modules, boundaries, balance=balance, costs=costs)
+    parts = partition(teacher, modules, boundaries, balance=balance)
     cuts = [cut.blocks for cut in parts.cuts]
     ours = partition(student, boundaries=cuts) if cuts else partition(student, 1)
     for name in ours.shared:
