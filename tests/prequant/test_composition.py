@@ -39,6 +39,7 @@ from prequant.passes import (
     weights,
 )
 from prequant.recipes import XTC, PreQuant
+from prequant.runtime import Granularity
 from prequant.sources import SourceError, canonical_program, head_of, load_for, load_model_like
 from prequant.tasks import Limits
 from prequant.training import TrainingSettings, finetune
@@ -317,6 +318,31 @@ COMPRESSED: dict[str, list[Pass]] = {
     "activations": [QuantizeActivations(), Lower()],
     "latent": [QuantizeWeights(bits=2, latent=True)],
 }
+
+
+def test_a_student_of_xtc_is_reconstructed_instead_of_trained(teacher: Path, data: Path, tmp_path: Path) -> None:
+    """Fewer layers by XTC in float, then two bits by MREM: what the student gives is what its modules learn."""
+    succeed(
+        "compress", teacher, "--recipe", "xtc", "--keep", "1,3", "--bits", 32, *budget(data), "--out", tmp_path / "a"
+    )
+    words = ("--recipe", "mrem", "--modules", 2, "--bits", 2, "--batch-size", 4, "--max-steps", 30)
+    texts = ("--task", "sst2", "--data", data, "--max-length", LENGTH, "--learning-rate", "1e-3", "--quiet")
+    succeed("compress", tmp_path / "a", *words, *texts, "--out", tmp_path / "b")
+    student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a").eval()
+    packed = prequant.load(tmp_path / "b")
+    assert isinstance(packed, ModelProgram) and packed.config.num_hidden_layers == 2
+    formats = {view.name: view.format for view in weights(packed)}
+    layers = {format for name, format in formats.items() if ".layer." in name}
+    assert layers == {"ternary:tensor"} and formats["bert.embeddings.word_embeddings.weight"] == "ternary:row"
+    report = json.loads((tmp_path / "b" / "prequant-report.json").read_text())
+    assert [module["blocks"] for module in report["modules"]] == [1, 1]
+    assert all(module["last_loss"] < module["first_loss"] for module in report["modules"])
+    # Nearer to the student than the same bits without the reconstruction.
+    untrained = Pipeline(
+        [QuantizeWeights(bits=2, ternary=True, granularity=Granularity.TENSOR, exclude=("classifier*",))]
+    )(canonical_program(student, make_tokenizer()))
+    wanted = logits(student)
+    assert (logits(packed) - wanted).square().mean() < (logits(untrained) - wanted).square().mean()
 
 
 @pytest.mark.parametrize("form", COMPRESSED)
