@@ -3,8 +3,10 @@
 from . import gradients as _gradients  # noqa: F401  (registers the ops' gradients)
 from . import native_linear as _native_linear  # noqa: F401  (registers the native kernels)
 from . import native_repeat as _native_repeat  # noqa: F401
+from . import native_rounding as _native_rounding  # noqa: F401
 from . import native_rows as _native_rows  # noqa: F401
 from . import ops
+from . import shapes as _shapes  # noqa: F401  (registers what tracers see of the ops)
 from .backends import Backend, register_backend, registered_backends, unregister_backend
 from .bcq import binary_code
 from .calibrators import Calibrator, calibrator, calibrator_names

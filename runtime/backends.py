@@ -7,6 +7,8 @@ arguments that ``checks.py`` has passed (shapes, types, device), the same as the
     quantize          (format, input, scale, zero_point)
     dequantize        (format, codes, scale, zero_point, columns, dtype)        bcq included
     fake_quantize     (format, input, scale, zero_point)
+    fake_quantize_gradients (format, gradient, input, scale, zero_point, scale_gradient, needs)
+                      a list of the gradients that ``needs`` says
     dynamic_scale     (format, input)
     add_outliers      (None, weight, outliers)
     packed_linear     (format, input, codes, scale, zero_point, outliers, bias,
@@ -22,19 +24,21 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from .errors import PrequantError
 from .formats import WeightFormat
 
-Kernel = Callable[..., Tensor]
+Kernel = Callable[..., Any]
+Result = TypeVar("Result")
 
 OPS = (
     "quantize",
     "dequantize",
     "fake_quantize",
+    "fake_quantize_gradients",
     "dynamic_scale",
     "add_outliers",
     "packed_linear",
@@ -127,7 +131,8 @@ def choose(op: str, format: WeightFormat | None, *arguments: Any) -> Backend | N
     return None
 
 
-def call(op: str, reference: Kernel, format: WeightFormat | None, *arguments: Any) -> Tensor:
+def call(op: str, reference: Callable[..., Result], format: WeightFormat | None, *arguments: Any) -> Result:
     """Run the first backend that accepts the call, or else ``reference``."""
     backend = choose(op, format, *arguments)
-    return (reference if backend is None else backend.kernel)(format, *arguments)
+    kernel: Callable[..., Result] = reference if backend is None else backend.kernel
+    return kernel(format, *arguments)

@@ -105,6 +105,20 @@ def _check_zero_point(format: WeightFormat, given: bool) -> None:
         raise FormatError(f"{format} is asymmetric and needs a zero point")
 
 
+def rounding_gradients(
+    format: WeightFormat, gradient: Tensor, input: Tensor, zero_point: Tensor | None, needs: Sequence[bool]
+) -> None:
+    """Check what the gradients of ``fake_quantize`` take beside a scale that fits, and that there are those needed."""
+    if gradient.shape != input.shape:
+        raise FormatError(f"a gradient {list(gradient.shape)} does not fit an input {list(input.shape)}")
+    if len(needs) != 3:
+        raise FormatError(f"needs are those of input, scale and zero point, not {list(needs)}")
+    if needs[0] and format.scheme is not Scheme.AFFINE:
+        raise FormatError(f"{format} clips no input: its gradient is the whole one")
+    if needs[2] and (format.scheme is not Scheme.AFFINE or zero_point is None):
+        raise FormatError(f"{format} has no zero point that takes a gradient")
+
+
 def activation_format(text: str, input: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> WeightFormat | None:
     """Parse the format of a matmul's input (None for ``""``), and check its scale (None: dynamic)."""
     if not text:

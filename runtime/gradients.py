@@ -6,7 +6,7 @@ sequence of torch and prequant ops, so that ``torch.compile`` can trace a traini
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .autograd import register_composite, register_constant, register_gradient
-from .formats import Granularity, WeightFormat
+from .formats import Granularity, Scheme, WeightFormat
 from .reference import Outliers
 
 Arguments = tuple[Any, ...]
@@ -50,11 +50,36 @@ def _fake_quantize_setup(ctx: Any, needs: Needs, arguments: Arguments, options: 
 
 
 def _fake_quantize_backward(ctx: Any, needs: Needs, gradient: Tensor) -> Gradients:
-    input, scale, zero_point = ctx.saved_tensors
     wanted = (needs[0], needs[1], needs[2])
-    return reference.fake_quantize_gradients(
-        gradient, input, scale, zero_point, ctx.format, ctx.clipped, ctx.scale_gradient, wanted
-    )
+    return _rounding_gradients(gradient, *ctx.saved_tensors, ctx.format, wanted, ctx.clipped, ctx.scale_gradient)
+
+
+def _rounding_gradients(
+    gradient: Tensor,
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    format: WeightFormat,
+    needs: tuple[bool, bool, bool],
+    clipped: bool = True,
+    scale_gradient: bool = True,
+) -> Gradients:
+    """``reference.fake_quantize_gradients``, by way of the op: it takes backends, and computes only what is wanted."""
+    affine = format.scheme is Scheme.AFFINE
+    asked = (needs[0] and affine and clipped, needs[1], needs[2] and affine and zero_point is not None)
+    found: Iterator[Tensor] = iter(())
+    if any(asked):
+        operands, options = (gradient, input, scale, zero_point), {"format": str(format), "needs": asked}
+        found = iter(ops.fake_quantize_gradients(*operands, scale_gradient=scale_gradient, **options))
+    to_input, to_scale, to_zero_point = (next(found) if each else None for each in asked)
+    return gradient if needs[0] and not asked[0] else to_input, to_scale, to_zero_point
+
+
+def _fake_quantize_gradients(*operands: Any, format: str, scale_gradient: bool, needs: Needs) -> list[Tensor]:
+    """In torch ops, whose gradients are known: second derivatives come from them."""
+    wanted = (needs[0], needs[1], needs[2])
+    found = reference.fake_quantize_gradients(*operands, WeightFormat.parse(format), True, scale_gradient, wanted)
+    return [part for part in found if part is not None]
 
 
 def _scale_gradient_setup(ctx: Any, needs: Needs, arguments: Arguments, options: dict[str, Any]) -> None:
@@ -149,10 +174,8 @@ def _packed_linear_backward(ctx: Any, needs: Needs, gradient: Tensor) -> Gradien
             weight = ops.add_outliers(weight, values, columns, row_offsets, replace=ctx.replace)
         to_input = gradient @ weight.to(gradient.dtype)
         if ctx.input_format is not None:
-            to_input, to_input_scale, to_input_zero = reference.fake_quantize_gradients(
+            to_input, to_input_scale, to_input_zero = _rounding_gradients(
                 *(to_input, input, effective_scale, input_zero, ctx.input_format),
-                clipped=True,
-                scale_gradient=True,
                 needs=(needs[0], needs[9], needs[10]),
             )
     return (
@@ -234,6 +257,7 @@ def _spread_by_row(part: Tensor, rows: Tensor, whole: Tensor, format: WeightForm
 register_gradient("dequantize", _dequantize_setup, _dequantize_backward)
 register_gradient("dequantize_bcq", _dequantize_setup, _dequantize_bcq_backward)
 register_gradient("fake_quantize", _fake_quantize_setup, _fake_quantize_backward)
+register_composite("fake_quantize_gradients", _fake_quantize_gradients)
 register_gradient("scale_gradient", _scale_gradient_setup, _scale_gradient_backward)
 register_gradient("add_outliers", _add_outliers_setup, _add_outliers_backward)
 register_gradient("packed_linear", _packed_linear_setup, _packed_linear_backward)

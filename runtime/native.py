@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .errors import PrequantError
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 """The version of the C interface that this module calls; `native/prequant_native.h` holds the library's own."""
 
 LIBRARY_NAME = "libprequant_native.dll" if sys.platform == "win32" else "libprequant_native.so"
@@ -35,6 +35,8 @@ _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 FUNCTIONS = {
     "prequant_isa": (ctypes.c_char_p, ()),
     "prequant_dequantize": (_INT, (_POINTER, _POINTER, _LONG, _POINTER, _INT, ctypes.c_char_p)),
+    "prequant_round": (_INT, (_POINTER, _POINTER, _POINTER, _INT, ctypes.c_char_p)),
+    "prequant_round_gradients": (_INT, (*(_POINTER,) * 6, _INT, ctypes.c_char_p)),
     "prequant_codes_bytes": (_LONG, (_POINTER,)),
     "prequant_pack_codes": (_INT, (_POINTER, _POINTER, _INT)),
     "prequant_scales_bytes": (_LONG, (_POINTER,)),
@@ -61,6 +63,16 @@ class Weight(ctypes.Structure):
         *((name, _POINTER) for name in ("codes", "scales", "zeros")),
         ("outliers", _LONG),
         *((name, _POINTER) for name in ("outlier_values", "outlier_columns", "outlier_offsets")),
+    )
+
+
+class Rounding(ctypes.Structure):
+    """``prequant_rounding``: how floats become levels."""
+
+    _fields_ = (
+        *((name, _LONG) for name in ("elements", "columns", "group_size")),
+        *((name, _INT) for name in ("levels", "shared_scale")),
+        *((name, _POINTER) for name in ("scales", "zeros")),
     )
 
 

@@ -1,4 +1,4 @@
-"""The graph ops, ``torch.ops.prequant.*``: schemas and shape functions. What they compute stands in ``reference.py``.
+"""The graph ops, ``torch.ops.prequant.*``: schemas and kernels. What they compute stands in ``reference.py``.
 
 All are functional, so ``torch.export``, ``torch.compile`` and every exporter see plain nodes. Formats travel as text
 (``"affine4:row"``, see :class:`~prequant.runtime.formats.WeightFormat`). Codes never carry a gradient; scales, zero
@@ -17,7 +17,7 @@ from torch import Tensor
 from . import checks, reference
 from .backends import call
 from .errors import PrequantError
-from .formats import Granularity, Scheme, WeightFormat, _parse
+from .formats import Scheme, WeightFormat, _parse
 from .reference import Outliers
 
 library = torch.library.Library("prequant", "DEF")
@@ -30,6 +30,8 @@ _SCHEMAS = {
     "dequantize_bcq": "(Tensor planes, Tensor alphas, *, str format, int columns, ScalarType? dtype=None) -> Tensor",
     "fake_quantize": "(Tensor input, Tensor scale, Tensor? zero_point, *, str format, bool clipped=True, "
     "bool scale_gradient=True) -> Tensor",
+    "fake_quantize_gradients": "(Tensor gradient, Tensor input, Tensor scale, Tensor? zero_point, *, str format, "
+    "bool scale_gradient, bool[] needs) -> Tensor[]",
     "dynamic_scale": "(Tensor input, *, str format) -> Tensor",
     "uncalibrated": "(Tensor input, *, str format, str observer, str name) -> Tensor",
     "scale_gradient": "(Tensor input, *, float factor) -> Tensor",
@@ -108,6 +110,41 @@ def _fake_quantize(
 
 def _reference_fake_quantize(format: WeightFormat, input: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
     return reference.fake_quantize(input, scale, zero_point, format)
+
+
+def _fake_quantize_gradients(
+    gradient: Tensor,
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    *,
+    format: str,
+    scale_gradient: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    parsed = checks.scaled_format(format, input.shape, scale.shape, None if zero_point is None else zero_point.shape)
+    checks.rounding_gradients(parsed, gradient, input, zero_point, needs)
+    operands = (gradient, input, scale, zero_point, scale_gradient, needs)
+    return call("fake_quantize_gradients", _reference_fake_quantize_gradients, parsed, *operands)
+
+
+def _reference_fake_quantize_gradients(
+    format: WeightFormat,
+    gradient: Tensor,
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    scale_gradient: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    to_input, to_scale, to_zero_point = needs
+    found = reference.fake_quantize_gradients(
+        *(gradient, input, scale, zero_point, format),
+        clipped=True,
+        scale_gradient=scale_gradient,
+        needs=(to_input, to_scale, to_zero_point),
+    )
+    return [part.contiguous() for part in found if part is not None]
 
 
 def _dynamic_scale(input: Tensor, *, format: str) -> Tensor:
@@ -252,6 +289,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "dequantize": _dequantize,
     "dequantize_bcq": _dequantize_bcq,
     "fake_quantize": _fake_quantize,
+    "fake_quantize_gradients": _fake_quantize_gradients,
     "dynamic_scale": _dynamic_scale,
     "uncalibrated": _uncalibrated,
     "scale_gradient": _scale_gradient,
@@ -277,6 +315,7 @@ quantize = torch.ops.prequant.quantize.default
 dequantize = torch.ops.prequant.dequantize.default
 dequantize_bcq = torch.ops.prequant.dequantize_bcq.default
 fake_quantize = torch.ops.prequant.fake_quantize.default
+fake_quantize_gradients = torch.ops.prequant.fake_quantize_gradients.default
 dynamic_scale = torch.ops.prequant.dynamic_scale.default
 uncalibrated = torch.ops.prequant.uncalibrated.default
 scale_gradient = torch.ops.prequant.scale_gradient.default
@@ -284,82 +323,3 @@ add_outliers = torch.ops.prequant.add_outliers.default
 packed_linear = torch.ops.prequant.packed_linear.default
 packed_linears = torch.ops.prequant.packed_linears.default
 packed_embedding = torch.ops.prequant.packed_embedding.default
-
-
-# ---- shapes ----------------------------------------------------------------------------------------------------------
-
-
-@torch.library.register_fake("prequant::quantize", lib=library)
-def _(input: Tensor, scale: Tensor, zero_point: Tensor | None, *, format: str) -> Tensor:
-    parsed = WeightFormat.parse(format)
-    return input.new_empty((*input.shape[:-1], parsed.row_bytes(input.shape[-1])), dtype=torch.uint8)
-
-
-@torch.library.register_fake("prequant::dequantize", lib=library)
-def _(codes: Tensor, scale: Tensor, *rest: Any, format: str, columns: int, dtype: torch.dtype | None = None) -> Tensor:
-    planes = WeightFormat.parse(format).scheme is Scheme.BCQ
-    return scale.new_empty((*codes.shape[int(planes) : -1], columns), dtype=dtype or scale.dtype)
-
-
-@torch.library.register_fake("prequant::dequantize_bcq", lib=library)
-def _(planes: Tensor, alphas: Tensor, *, format: str, columns: int, dtype: torch.dtype | None = None) -> Tensor:
-    return alphas.new_empty((*planes.shape[1:-1], columns), dtype=dtype or alphas.dtype)
-
-
-@torch.library.register_fake("prequant::fake_quantize", lib=library)
-def _(
-    input: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    *,
-    format: str,
-    clipped: bool = True,
-    scale_gradient: bool = True,
-) -> Tensor:
-    return torch.empty_like(input)
-
-
-@torch.library.register_fake("prequant::dynamic_scale", lib=library)
-def _(input: Tensor, *, format: str) -> Tensor:
-    tokens = WeightFormat.parse(format).granularity is Granularity.ROW
-    dtype = torch.promote_types(input.dtype, torch.float32)
-    return input.new_empty((*input.shape[:-1], 1) if tokens else [1] * input.dim(), dtype=dtype)
-
-
-@torch.library.register_fake("prequant::uncalibrated", lib=library)
-def _(input: Tensor, *, format: str, observer: str, name: str) -> Tensor:
-    return torch.empty_like(input)
-
-
-@torch.library.register_fake("prequant::scale_gradient", lib=library)
-def _(input: Tensor, *, factor: float) -> Tensor:
-    return torch.empty_like(input)
-
-
-@torch.library.register_fake("prequant::add_outliers", lib=library)
-def _(weight: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, *, replace: bool) -> Tensor:
-    return torch.empty_like(weight)
-
-
-@torch.library.register_fake("prequant::packed_linear", lib=library)
-def _(input: Tensor, codes: Tensor, *rest: Any, **options: Any) -> Tensor:
-    return input.new_empty((*input.shape[:-1], codes.shape[-2]))
-
-
-@torch.library.register_fake("prequant::packed_linears", lib=library)
-def _(input: Tensor, codes: Sequence[Tensor], *rest: Any, **options: Any) -> list[Tensor]:
-    return [input.new_empty((*input.shape[:-1], each.shape[-2])) for each in codes]
-
-
-@torch.library.register_fake("prequant::packed_embedding", lib=library)
-def _(
-    ids: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    *rest: Any,
-    format: str,
-    columns: int,
-    padding_idx: int = -1,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    return scale.new_empty((*ids.shape, columns), dtype=dtype or scale.dtype)

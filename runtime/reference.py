@@ -252,7 +252,7 @@ def fake_quantize_gradients(
     elif needs[1]:
         level = _centred_(encode(input, magnitude, zero_point, format), None, format)
         to_scale = per_scale(gradient * level, scale, format)
-    factor = _lsq_factor(input, scale, format) if scale_gradient else 1.0
+    factor = lsq_factor(input, scale, format) if scale_gradient else 1.0
     if to_scale is not None:
         to_scale = (torch.where(scale < 0, -to_scale, to_scale) * factor).to(scale.dtype)
     if to_zero_point is not None and zero_point is not None:
@@ -260,7 +260,7 @@ def fake_quantize_gradients(
     return to_input, to_scale, to_zero_point
 
 
-def _lsq_factor(input: Tensor, scale: Tensor, format: WeightFormat) -> float:
+def lsq_factor(input: Tensor, scale: Tensor, format: WeightFormat) -> float:
     """LSQ's gradient scaling, ``1 / sqrt(elements per scale * largest level)``; 1 for tensors without elements."""
     largest_level = format.levels - 1
     if format.symmetric:

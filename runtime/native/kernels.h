@@ -49,6 +49,10 @@ struct Kernels {
     void (*linear)(const Job &job, int64_t first_panel, int64_t last_panel, uint8_t *own);
     // Rows of a weight in the neutral layout as floats [last - first][columns]; `rows` null: the first ones.
     void (*dequantize)(const prequant_weight &weight, const int64_t *rows, int64_t first, int64_t last, float *out);
+    // Elements of rows [first, last), rounded, and the gradients of that.
+    void (*round)(const prequant_rounding &rounding, const float *input, int64_t first, int64_t last, float *out);
+    void (*round_gradients)(const prequant_rounding &rounding, const float *gradient, const float *input, int64_t first,
+                            int64_t last, float *to_input, double *to_scale, double *to_zero);
     // Bytes of `own` that `linear` takes.
     int64_t (*own_bytes)(const Panels &panels, const prequant_linear &linear, int64_t tokens);
 };

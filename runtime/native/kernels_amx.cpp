@@ -94,6 +94,7 @@ int64_t own_bytes_for_tiles(const Panels &panels, const prequant_linear &linear,
 
 namespace prequant {
 
-extern const Kernels amx_kernels = {"amx", read_tokens_for_tiles, linear_by_tiles, dequantize_rows, own_bytes_for_tiles};
+extern const Kernels amx_kernels = {"amx", read_tokens_for_tiles, linear_by_tiles, dequantize_rows,
+                                    round_rows, round_gradients, own_bytes_for_tiles};
 
 }  // namespace prequant

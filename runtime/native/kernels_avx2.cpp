@@ -73,6 +73,7 @@ struct Avx2 {
 
 namespace prequant {
 
-extern const Kernels avx2_kernels = {"avx2", read_all_tokens, linear_by_panels<Avx2>, dequantize_rows, no_own_bytes};
+extern const Kernels avx2_kernels = {"avx2", read_all_tokens, linear_by_panels<Avx2>, dequantize_rows,
+                                     round_rows, round_gradients, no_own_bytes};
 
 }  // namespace prequant

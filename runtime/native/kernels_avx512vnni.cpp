@@ -6,6 +6,6 @@
 namespace prequant {
 
 extern const Kernels avx512vnni_kernels = {"avx512vnni", read_tokens_avx512, linear_by_panels<Avx512>, dequantize_rows,
-                                           no_own_bytes};
+                                           round_rows, round_gradients, no_own_bytes};
 
 }  // namespace prequant

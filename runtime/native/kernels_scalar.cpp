@@ -98,6 +98,7 @@ struct Scalar {
 
 namespace prequant {
 
-extern const Kernels scalar_kernels = {"scalar", read_all_tokens, linear_by_panels<Scalar>, dequantize_rows, no_own_bytes};
+extern const Kernels scalar_kernels = {"scalar", read_all_tokens, linear_by_panels<Scalar>, dequantize_rows,
+                                       round_rows, round_gradients, no_own_bytes};
 
 }  // namespace prequant

@@ -18,6 +18,7 @@
 #include "integer_panel.h"
 #include "neutral_rows.h"
 #include "results.h"
+#include "rounding_rows.h"
 #include "tokens.h"
 
 namespace {

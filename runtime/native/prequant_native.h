@@ -15,7 +15,7 @@
 
 // Raised by one with every change that would break a caller of the functions below: a signature, a layout, a meaning.
 // runtime/native.py holds the number that it was written for and refuses any other.
-#define PREQUANT_ABI_VERSION 5
+#define PREQUANT_ABI_VERSION 6
 
 #ifdef __cplusplus
 extern "C" {
@@ -66,6 +66,32 @@ typedef struct {
 // throughout, and in the order of the formula above: to the last bit what the reference computes.
 PREQUANT_API int32_t prequant_dequantize(const prequant_weight *weight, const int64_t *rows, int64_t count, float *out,
                                          int32_t threads, const char *isa);
+
+// How floats become the nearest of `levels` levels: 2 are binary (-1 and 1 times the scale), 3 ternary (-1, 0, 1), more
+// are affine (0 to levels - 1, less the zero point). Scales count by their magnitude, and those of affine formats are
+// never taken to be 0.
+typedef struct {
+    int64_t elements;      // in rows of `columns`, the last of which may end early
+    int64_t columns;
+    int64_t group_size;    // columns that share a scale; 0: all of a row
+    int32_t levels;
+    int32_t shared_scale;  // the scales of one row are those of all
+    const float *scales;   // [rows or 1][groups]
+    const float *zeros;    // the same shape, or null: zero points (null: levels / 2), or what ternary elements have to
+                           // exceed in order not to be 0 (null: half of the scale)
+} prequant_rounding;
+
+// Each element, rounded: contiguous, float32 throughout, and to the last bit what the reference computes.
+PREQUANT_API int32_t prequant_round(const prequant_rounding *rounding, const float *input, float *out, int32_t threads,
+                                    const char *isa);
+
+// From the gradient to what prequant_round writes: those to the input, 0 where it was clipped (affine formats alone),
+// and sums over the elements of each row that share a scale, [rows][groups]: what goes to the scale's magnitude, and the
+// gradients of what was clipped (affine formats alone). Null for what is not wanted. The number of threads changes no
+// bit of them.
+PREQUANT_API int32_t prequant_round_gradients(const prequant_rounding *rounding, const float *gradient,
+                                              const float *input, float *to_input, double *to_scale, double *to_zero,
+                                              int32_t threads, const char *isa);
 
 // Bytes that a weight's codes take in the kernels' layout; -1 for a description that makes no sense.
 PREQUANT_API int64_t prequant_codes_bytes(const prequant_weight *weight);

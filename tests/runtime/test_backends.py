@@ -53,9 +53,10 @@ class Spy:
         self.asked.append(arguments)
         return self.accepts
 
-    def _run(self, *arguments: Any) -> Tensor:
+    def _run(self, *arguments: Any) -> Tensor | list[Tensor]:
         self.ran.append(arguments)
-        return torch.full((2, ROWS), self.value)
+        result = torch.full((2, ROWS), self.value)
+        return [result] if self.backend.op == "fake_quantize_gradients" else result
 
 
 def linear(input: Tensor | None = None, **options: Any) -> Tensor:
@@ -78,6 +79,12 @@ def calls() -> dict[str, Callable[[], Tensor]]:
         "quantize": lambda: ops.quantize(WEIGHT, scale, None, format=str(FORMAT)),
         "dequantize": lambda: ops.dequantize(codes, scale, zero_point, **packed),
         "fake_quantize": lambda: ops.fake_quantize(WEIGHT, scale, None, format=str(FORMAT)),
+        "fake_quantize_gradients": lambda: ops.fake_quantize_gradients(
+            *(torch.ones(ROWS, COLUMNS), WEIGHT, scale, None),
+            format=str(FORMAT),
+            scale_gradient=True,
+            needs=(True, False, False),
+        )[0],
         "dynamic_scale": lambda: ops.dynamic_scale(WEIGHT, format="affine8:row"),
         "add_outliers": lambda: ops.add_outliers(WEIGHT, *outliers, replace=False),
         "packed_linear": linear,

@@ -60,6 +60,22 @@ def test_rounding(text: str, trains: bool) -> None:
     check(ops.fake_quantize, input.detach().T.contiguous().T, scale, zero_point, format=text, clipped=False)
 
 
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("text", ROUNDED)
+def test_gradients_of_rounding(text: str, trains: bool) -> None:
+    _, scale, zero_point = packed(text)
+    affine = text.startswith("affine")
+    some = [(False, True, False), (affine, True, affine and zero_point is not None)]
+    input, gradient = torch.randn(ROWS, COLUMNS), torch.randn(ROWS, COLUMNS)
+    if trains:
+        floats = map(leaf, (input, gradient, scale, zero_point))
+        input, gradient, scale, zero_point = floats  # type: ignore[assignment]
+    for needs in some:
+        for given in (gradient, gradient.detach().T.contiguous().T, gradient.detach()[:1].expand_as(gradient)):
+            operands = (given, input, scale, zero_point)
+            check(ops.fake_quantize_gradients, *operands, format=text, scale_gradient=True, needs=needs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("text", ["affine8:row", "affine4:tensor"])
 def test_dynamic_scale(text: str, dtype: torch.dtype) -> None:
