@@ -50,8 +50,9 @@ def _fake_quantize_setup(ctx: Any, needs: Needs, arguments: Arguments, options: 
 
 
 def _fake_quantize_backward(ctx: Any, needs: Needs, gradient: Tensor) -> Gradients:
-    wanted = (needs[0], needs[1], needs[2])
-    return _rounding_gradients(gradient, *ctx.saved_tensors, ctx.format, wanted, ctx.clipped, ctx.scale_gradient)
+    input, scale, zero_point = ctx.saved_tensors
+    options = (ctx.format, (needs[0], needs[1], needs[2]), ctx.clipped, ctx.scale_gradient)
+    return _rounding_gradients(gradient, input, scale, zero_point, *options)
 
 
 def _rounding_gradients(
@@ -75,10 +76,19 @@ def _rounding_gradients(
     return gradient if needs[0] and not asked[0] else to_input, to_scale, to_zero_point
 
 
-def _fake_quantize_gradients(*operands: Any, format: str, scale_gradient: bool, needs: Needs) -> list[Tensor]:
+def _fake_quantize_gradients(
+    gradient: Tensor,
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    *,
+    format: str,
+    scale_gradient: bool,
+    needs: Needs,
+) -> list[Tensor]:
     """In torch ops, whose gradients are known: second derivatives come from them."""
-    wanted = (needs[0], needs[1], needs[2])
-    found = reference.fake_quantize_gradients(*operands, WeightFormat.parse(format), True, scale_gradient, wanted)
+    options = (WeightFormat.parse(format), True, scale_gradient, (needs[0], needs[1], needs[2]))
+    found = reference.fake_quantize_gradients(gradient, input, scale, zero_point, *options)
     return [part for part in found if part is not None]
 
 
