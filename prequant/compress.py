@@ -255,6 +255,7 @@ def default_baseline_training(training: TrainingSettings) -> TrainingSettings:
         warmup=training.warmup,
         max_grad_norm=training.max_grad_norm,
         eval_steps=training.eval_steps,
+        precision=training.precision,
         learning_rate=usual.learning_rate,
         weight_decay=usual.weight_decay,
     )

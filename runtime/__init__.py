@@ -1,5 +1,6 @@
 """Numbers: weight formats, quantizers, and the ops that compute on packed codes. Knows nothing of graphs or models."""
 
+from . import autocast as _autocast  # noqa: F401  (registers what autocast does to the ops)
 from . import gradients as _gradients  # noqa: F401  (registers the ops' gradients)
 from . import native_linear as _native_linear  # noqa: F401  (registers the native kernels)
 from . import native_repeat as _native_repeat  # noqa: F401

@@ -175,7 +175,7 @@ def _packed_linear_backward(ctx: Any, needs: Needs, gradient: Tensor) -> Gradien
             to_values = _outlier_gradient(to_weight, outliers)
         del to_weight
     if needs[8]:
-        to_bias = _matrix(gradient).sum(0, dtype=ctx.bias_dtype)
+        to_bias = _matrix(gradient).sum(0).to(ctx.bias_dtype)
 
     to_input = to_input_scale = to_input_zero = None
     if needs[0] or needs[9] or needs[10]:

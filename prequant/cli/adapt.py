@@ -30,6 +30,7 @@ def adapt(
     max_steps: options.MaxSteps = -1,
     eval_steps: options.EvalSteps = None,
     save_steps: options.SaveSteps = 0,
+    precision: options.Precision = None,
     max_length: options.MaxLength = 128,
     seed: options.Seed = 42,
     quiet: options.Quiet = False,
@@ -49,7 +50,7 @@ def adapt(
 
     chosen = recipe_for(load_base(base)) if recipe is None else recipe_type(recipe)()
     rates = (learning_rate, head_learning_rate, scale_learning_rate)
-    training = trained_with(chosen.training, epochs, batch_size, rates, dropout, max_steps, eval_steps, seed)
+    training = trained_with(chosen.training, epochs, batch_size, rates, dropout, max_steps, eval_steps, precision, seed)
     chosen = with_fields(replace(chosen, training=training), assignments(set_))
     if not isinstance(chosen, TuningRecipe):
         raise PrequantError(f"the recipe {chosen.name!r} trains whole models: it tunes nothing on a base")

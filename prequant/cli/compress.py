@@ -77,6 +77,7 @@ def compress(
     max_steps: options.MaxSteps = -1,
     eval_steps: options.EvalSteps = None,
     save_steps: options.SaveSteps = 0,
+    precision: options.Precision = None,
     max_length: options.MaxLength = 128,
     seed: options.Seed = 42,
     adapter: Annotated[
@@ -113,7 +114,7 @@ def compress(
         settings["train"] = ()
     chosen = recipe_type(recipe)()
     rates = (learning_rate, head_learning_rate, scale_learning_rate)
-    training = trained_with(chosen.training, epochs, batch_size, rates, dropout, max_steps, eval_steps, seed)
+    training = trained_with(chosen.training, epochs, batch_size, rates, dropout, max_steps, eval_steps, precision, seed)
     compared = default_baseline_training(training)
     if baseline_learning_rate is not None:
         compared = replace(compared, learning_rate=baseline_learning_rate)

@@ -20,6 +20,7 @@ def finetune(
     max_steps: options.MaxSteps = -1,
     eval_steps: options.EvalSteps = None,
     save_steps: options.SaveSteps = 0,
+    precision: options.Precision = None,
     max_length: options.MaxLength = 128,
     seed: options.Seed = 42,
     quiet: options.Quiet = False,

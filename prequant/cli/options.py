@@ -69,6 +69,13 @@ SaveSteps = Annotated[
         min=0,
     ),
 ]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        help="What training computes products in: float32, or bfloat16, faster where the processor has it.",
+        show_default="float32",
+    ),
+]
 MaxLength = Annotated[int, typer.Option(help="Cut texts to so many tokens.")]
 Seed = Annotated[int, typer.Option(help="Seed of head, order and dropout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]

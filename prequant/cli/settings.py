@@ -26,6 +26,7 @@ def trained_with(
     dropout: bool | None,
     max_steps: int,
     eval_steps: int | None,
+    precision: str | None,
     seed: int,
 ) -> TrainingSettings:
     """A recipe's training with what was given; ``rates``: of the body, the head and the scales. The body's is the
@@ -40,6 +41,7 @@ def trained_with(
         "scale_learning_rate": scales,
         "dropout": dropout,
         "eval_steps": eval_steps,
+        "precision": precision,
     }
     known = {name: value for name, value in given.items() if value is not None}
     # A recipe whose budget is in steps keeps it, unless it is told otherwise.

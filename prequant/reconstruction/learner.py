@@ -13,6 +13,7 @@ from torch import nn
 from prequant.passes.latent_scales import following
 from prequant.training import Checkpoints, TrainingError, TrainingSettings, parameter_groups
 from prequant.training.checkpoints import State, identity, read_state, restore, tensors_of, write_state
+from prequant.training.precision import computing_in
 
 from .modules import MASKS, Module, Results, Values, reconstruction_loss
 
@@ -81,7 +82,9 @@ class Learner:
         factor = self._factor()
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
-        found = self.module.results(inputs)
+        with computing_in(self.settings.precision, next(iter(inputs.values())).device):
+            found = self.module.results(inputs)
+        found = found.as_float32()
         masks = () if self.padding else [inputs[name] for name in MASKS if name in inputs]
         loss = reconstruction_loss(found.compared, targets.compared, masks)
         if not math.isfinite(value := loss.item()):

@@ -33,6 +33,12 @@ class Results:
     handed_on: Values
     compared: tuple[Tensor, ...]
 
+    def as_float32(self) -> Results:
+        """The same, with what was computed in bfloat16 as float32: what other modules are given."""
+        return Results(
+            {name: _float32(value) for name, value in self.handed_on.items()}, tuple(map(_float32, self.compared))
+        )
+
     def mixed(self, given: Values, share: float) -> Values:
         """What is handed on, of which ``share`` comes from elsewhere: annealed teacher forcing's mixture (MREM)."""
         if not share:
@@ -87,6 +93,10 @@ class Module:
         # What is only passed on is no work of this module.
         new = [value for name, value in outputs.items() if value is not inputs.get(name) and value.is_floating_point()]
         return Results(outputs, (*new, *(seen[name] for name in exposed)))
+
+
+def _float32(value: Tensor) -> Tensor:
+    return value.float() if value.dtype == torch.bfloat16 else value
 
 
 def _flat(value: Any, path: str = "") -> list[tuple[str, Tensor]]:

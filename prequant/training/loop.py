@@ -26,6 +26,7 @@ from .batches import Batches, steps_of
 from .best import Best
 from .checkpoints import Checkpoints, hash_of, identity
 from .course import Course
+from .precision import Precision, computing_in
 from .settings import TrainingError, TrainingResult, TrainingSettings, parameter_groups
 
 
@@ -107,6 +108,7 @@ def _train(
         )
         trainer = _Trainer(
             order,
+            settings.precision,
             model=model,
             args=arguments,
             train_dataset=train,
@@ -140,9 +142,9 @@ def _load_lazily_loaded() -> None:
 class _Trainer(Trainer):
     """Takes batches in their own order, and sums up the losses of all steps."""
 
-    def __init__(self, order: Batches, **arguments: Any) -> None:
+    def __init__(self, order: Batches, precision: Precision, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._order = order
+        self._order, self._precision = order, precision
         self.loss_sum = torch.zeros((), device=self.args.device)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -150,6 +152,11 @@ class _Trainer(Trainer):
         rows: Any = self.train_dataset
         own = torch.Generator()
         return DataLoader(rows, batch_sampler=self._order, collate_fn=self.data_collator, generator=own)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """In the precision of the settings. The Trainer's own way to it would leave its wrapper on the model."""
+        with computing_in(self._precision, self.args.device):
+            return super().compute_loss(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One step, whose loss counts."""

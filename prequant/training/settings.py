@@ -11,6 +11,8 @@ from torch import nn
 
 from prequant.runtime import PrequantError
 
+from .precision import PRECISIONS, Precision
+
 
 class TrainingError(PrequantError):
     """Settings that describe no training, or a model that has nothing to train."""
@@ -32,6 +34,7 @@ class TrainingSettings:
     compressed weight. ``dropout``: whether the model drops what its configuration says; where few parameters train,
     there is little to overfit with. ``eval_steps`` above 0: every so many steps, and at the end, the model is scored on
     the validation set, and the best of these states is what stays (of equal ones the first); else it is the last.
+    ``precision``: what products compute in, as :func:`~prequant.training.precision.computing_in` has it.
     Raises :class:`TrainingError` for values out of range.
     """
 
@@ -47,6 +50,7 @@ class TrainingSettings:
     seed: int = 42
     dropout: bool = True
     eval_steps: int = 0
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         rates = {
@@ -68,6 +72,7 @@ class TrainingSettings:
             ),
             "eval_steps": (self.eval_steps, "1 or more, or 0 for the last state", self.eval_steps >= 0),
             "seed": (self.seed, "0 to 2**32 - 1", 0 <= self.seed < 2**32),
+            "precision": (self.precision, " or ".join(PRECISIONS), self.precision in PRECISIONS),
         }
         for name, (value, expected, fits) in right.items():
             if not fits or (isinstance(value, float) and not math.isfinite(value)):

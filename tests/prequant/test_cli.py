@@ -132,7 +132,8 @@ def test_compress_takes_every_option_of_the_recipe(encoder: Path, data: Path, tm
         "symmetric=false",
     ]
     job += ["--set", "train=[head, scales]", "--set", "activation_bits=8", "--seed", 5, "--max-steps", 1]
-    succeed(*job, "--learning-rate", 2e-3, "--head-learning-rate", 3e-3, "--batch-size", 4, "--no-dropout")
+    job += ["--precision", "bfloat16", "--no-dropout"]
+    succeed(*job, "--learning-rate", 2e-3, "--head-learning-rate", 3e-3, "--batch-size", 4)
     settings = json.loads((tmp_path / "out" / REPORT_FILE).read_text())["settings"]
     wanted = {
         "recipe": "prequant",
@@ -147,8 +148,14 @@ def test_compress_takes_every_option_of_the_recipe(encoder: Path, data: Path, tm
         "activation_bits": 8,
     }
     assert wanted.items() <= settings["recipe"].items()
-    training = {"seed": 5, "max_steps": 1, "learning_rate": 2e-3, "head_learning_rate": 3e-3, "batch_size": 4}
-    training |= {"dropout": False}
+    training: dict[str, Any] = {
+        "seed": 5,
+        "max_steps": 1,
+        "learning_rate": 2e-3,
+        "head_learning_rate": 3e-3,
+        "batch_size": 4,
+    }
+    training |= {"dropout": False, "precision": "bfloat16"}
     assert training.items() <= settings["recipe"]["training"].items()
     formats = {view.format for view in weights(prequant.load(tmp_path / "out"))}
     assert formats == {"affine3:group8:asym", "float32"}

@@ -231,6 +231,33 @@ def test_a_model_without_anything_to_train_is_refused() -> None:
         run(model)
 
 
+# ---- precision -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["eager", "program", "packed"])
+def test_in_bfloat16_products_alone_lose_digits(kind: str) -> None:
+    def model() -> nn.Module:
+        made = make_model()
+        if kind == "eager":
+            return made
+        program = program_of(made, activation_bits=8)
+        return program if kind == "program" else lower(program)
+
+    kept, results = [], []
+    for precision in ("float32", "bfloat16", "bfloat16"):
+        ours = model()
+        before = state(ours)
+        settings = dataclasses.replace(QUICK, precision=precision, max_steps=6, dropout=False)
+        results.append(run(ours, settings))
+        kept.append(state(ours))
+        assert "forward" not in vars(ours), "the model is as it was, but for its parameters"
+        assert all(value.dtype == before[name].dtype for name, value in kept[-1].items())
+        assert not same(kept[-1], before)
+    exact, first, second = kept
+    assert same(first, second) and not same(exact, first)
+    assert results[1].loss == pytest.approx(results[0].loss, rel=2e-2) and results[1].loss != results[0].loss
+
+
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 
@@ -252,9 +279,10 @@ def test_a_model_without_anything_to_train_is_refused() -> None:
         ("max_steps", -2),
         ("seed", -1),
         ("seed", 2**32),
+        ("precision", "float16"),
     ],
 )
-def test_values_out_of_range_are_named(name: str, value: float) -> None:
+def test_values_out_of_range_are_named(name: str, value: float | str) -> None:
     with pytest.raises(TrainingError, match=f"^{name}={value}: expected ") as caught:
         TrainingSettings(**{name: value})  # type: ignore[arg-type]
     assert isinstance(caught.value, PrequantError)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,23 @@ def test_the_quantized_model_comes_closer(run: Run, options: dict[str, Any]) -> 
     assert figures[0].last_loss < figures[0].first_loss
     assert [one.steps for one in figures] == [40, 40]
     assert [one.number for one in figures] == [0, 1] and sum(one.blocks for one in figures) == 4
+
+
+@pytest.mark.parametrize("run", [in_turn, interleaved])
+def test_in_bfloat16_students_alone_compute_in_it(run: Run) -> None:
+    exact = recipe()
+    method = replace(exact, training=replace(exact.training, precision="bfloat16"))
+    losses, kept = [], []
+    for each in (exact, method):
+        modules, _ = modules_of(each)
+        losses.append([figures.last_loss for figures in run(each, modules)])
+        kept.append([state(module) for module in modules])
+    assert losses[1] == pytest.approx(losses[0], rel=0.2) and losses[1] != losses[0]
+    assert {tensor.dtype for module in kept[1] for tensor in module.values()} <= {torch.float32, torch.int64}
+    module = modules_of(method)[0][0]
+    batch = texts()[0]
+    handed_on, _ = learner(module, method).step(batch, module.targets(batch))
+    assert {value.dtype for value in handed_on.handed_on.values() if value.is_floating_point()} == {torch.float32}
 
 
 @pytest.mark.parametrize("run", [in_turn, interleaved])

@@ -136,9 +136,9 @@ def test_its_budget_is_its_own_unless_it_is_told(model: Path, tmp_path: Path) ->
 
     usual = MREM().training
     rates = (None, None, None)
-    assert trained_with(usual, None, None, rates, None, -1, None, 42).max_steps == 2000
-    assert trained_with(usual, 2.0, None, rates, None, -1, None, 42).max_steps == -1
-    assert trained_with(usual, None, None, rates, None, 7, None, 42).max_steps == 7
+    assert trained_with(usual, None, None, rates, None, -1, None, None, 42).max_steps == 2000
+    assert trained_with(usual, 2.0, None, rates, None, -1, None, None, 42).max_steps == -1
+    assert trained_with(usual, None, None, rates, None, 7, None, None, 42).max_steps == 7
 
 
 @pytest.mark.parametrize(
