@@ -79,8 +79,8 @@ def coded(bits: int, name: str, work: Path, steps: int) -> dict[str, Any]:
 def tuned(slug: str, options: dict[str, Any], name: str, work: Path, steps: int) -> dict[str, Any]:
     """PreQuant; ``slug`` names the folder."""
     recipe = PreQuant(outlier_ratio=OUTLIERS, **options)
-    budget = {"batch_size": BATCH, "max_steps": steps, "seed": SEED, "precision": TASKS[name][2]}
-    recipe = replace(recipe, training=replace(recipe.training, **budget))
+    training = replace(recipe.training, batch_size=BATCH, max_steps=steps, seed=SEED, precision=TASKS[name][2])
+    recipe = replace(recipe, training=training)
     out, adapter, length = work / f"{name}-{slug}-model", work / f"{name}-{slug}.safetensors", TASKS[name][1]
     report = compress(
         encoder_folder(), recipe, task(name), data_of(name), out, baseline=NONE, adapter=adapter, max_length=length
@@ -195,8 +195,8 @@ def table(work: Work) -> None:
     spent = ", ".join(f"{steps:,} steps of {name}" for name, steps in budget.items())
     notes = f"""
 all-MiniLM-L6-v2 (22.7 M parameters). Every row that trains: {spent},
-of {BATCH} examples each, seed {SEED}, the same order, one run, last step, nothing chosen on the validation set; on SQuAD
-products in bfloat16 while training.
+of {BATCH} examples each, seed {SEED}, the same order, one run, last step, nothing chosen on the validation set; on
+SQuAD products in bfloat16 while training.
 {100 * OUTLIERS:g} % of each matrix are outliers. `trained`, sizes: of the first task of the row. The mean counts scores
 from 0 to 1 as percents.
 """
