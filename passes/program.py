@@ -7,7 +7,9 @@ Program takes what the model took and returns what the model returned.
 
 from __future__ import annotations
 
+import functools
 import threading
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -20,6 +22,7 @@ from prequant.runtime import PrequantError
 
 from .devices import set_device
 from .modes import set_training
+from .planned_call import enrol, planned_call
 
 if TYPE_CHECKING:
     from torch.fx.graph import PythonCode
@@ -159,15 +162,24 @@ class Program(fx.GraphModule):
 
     def call_with_exposed(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
         """What a call returns, and beside it the exposed values by name."""
-        flat = self._flat_results(self.bind(args, kwargs))
+        flat = self.flat_results(self.bind(args, kwargs))
         return self.nest_outputs(flat), {name: flat[index] for name, index in self.signature.exposed.items()}
 
-    def _flat_results(self, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        if not (self.training or torch.compiler.is_compiling()) and (runner := self.runner) is not None:
-            plan = runner.plan(self, inputs)
-            if plan is not None:
+    def flat_results(self, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        """The flat results for inputs that are bound: by the plan where there is one and it can."""
+        if self.planned and not self.training:
+            if torch.compiler.is_compiling():
+                if self._is_called_by_plan(inputs):
+                    return planned_call(self._key, inputs)
+            elif (runner := self.runner) is not None and (plan := runner.plan(self, inputs)) is not None:
                 return plan(*inputs)
         return cast("tuple[Any, ...]", super().__call__(*inputs))
+
+    @staticmethod
+    def _is_called_by_plan(inputs: tuple[Tensor, ...]) -> bool:
+        """Whether a compiled call is left to the plan. Exported graphs keep theirs: there is no Program to call."""
+        on_cpu = all(value.device.type == "cpu" for value in inputs)
+        return on_cpu and not (torch.is_grad_enabled() or torch.compiler.is_exporting())
 
     @property
     def planned(self) -> bool:
@@ -198,8 +210,13 @@ class Program(fx.GraphModule):
 
     def recompile(self) -> PythonCode:
         """Generate the code of the graph anew; the plan of another graph goes."""
+        kind = cast(Any, type(self))
+        if "__call__" not in vars(kind):
+            # torch.compile gives up on a code object that it has compiled eight times: every Program has its own.
+            kind.__call__ = _with_own_code(kind.__call__)
         before = self.__dict__.get("_code")
         code = super().recompile()
+        self._key = enrol(self)
         if self._code != before:
             self.drop_plan()
         return code
@@ -349,6 +366,17 @@ class Program(fx.GraphModule):
         copied = self.written_class(self, graph)
         copied.meta = dict(self.meta)
         return copied
+
+
+def _with_own_code(function: Any) -> Any:
+    own = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return functools.wraps(function)(own)
 
 
 def nest(tree: OutputTree, flat: tuple[Any, ...] | list[Any]) -> Any:

@@ -70,6 +70,11 @@ class ModelProgram(TracedProgram):
         """The model's configuration: a copy of its own, which the ``Trainer`` writes into."""
         return cast(PretrainedConfig, self.info.extra[CONFIG])
 
+    def update_info(self, **changes: Any) -> None:
+        """See :meth:`Program.update_info`. Raises :class:`PrequantError` for an output class that is none."""
+        super().update_info(**changes)
+        self._present()
+
     def set_depth(self, stack: str, depth: int, kept: Sequence[int]) -> None:
         """See :meth:`Program.set_depth`; the configuration is one of fewer layers from then on."""
         config = shallower(self.config, stack, depth, kept)
@@ -118,6 +123,8 @@ class ModelProgram(TracedProgram):
             for name, p in self.named_parameters()
             if (p.requires_grad or not only_trainable) and name not in excluded
         )
+
+    _output_type: type[ModelOutput] | None = None
 
     input_modalities = "text"
     base_model_prefix = ""
@@ -267,8 +274,7 @@ class ModelProgram(TracedProgram):
     def nest_outputs(self, flat: tuple[Any, ...]) -> Any:
         """The flat results as the model's own output class."""
         nested = super().nest_outputs(flat)
-        path = self.info.extra[OUTPUT_CLASS]
-        return nested if path is None else output_class(path)(**nested)
+        return nested if self._output_type is None else self._output_type(**nested)
 
     # ---- being taken for a model -------------------------------------------------------------------------------------
 
@@ -306,6 +312,8 @@ class ModelProgram(TracedProgram):
         if "prequant" not in getattr(self, "meta", {}):
             return  # still being built
         kind = cast(Any, type(self))
+        path = self.info.extra[OUTPUT_CLASS]
+        kind._output_type = None if path is None else output_class(path)  # found now: compilers follow no imports
         kind.__name__ = self.info.extra[MODEL_CLASS].rpartition(".")[2]
         positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = [inspect.Parameter("self", positional)]

@@ -17,7 +17,7 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
-from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput, SequenceClassifierOutput
 from transformers.utils import ModelOutput
 
 from prequant.losses import CLASSES, shift_right, task_of
@@ -187,9 +187,12 @@ def test_output_classes_by_path() -> None:
     assert output_class("transformers.modeling_outputs.BaseModelOutput") is BaseModelOutput
     program = program_of("bert-sequence-classification")
     changed = program.copy()
-    changed.update_info(extra={**program.info.extra, "output_class": "collections.OrderedDict"})
+    changed.update_info(
+        extra={**program.info.extra, "output_class": "transformers.modeling_outputs.ImageClassifierOutput"}
+    )
+    assert type(changed(**FAMILIES["bert-sequence-classification"]().make_inputs(1, 3))) is ImageClassifierOutput
     with pytest.raises(PrequantError, match=r"output class 'collections\.OrderedDict'"):
-        changed(**FAMILIES["bert-sequence-classification"]().make_inputs(1, 3))
+        changed.update_info(extra={**program.info.extra, "output_class": "collections.OrderedDict"})
 
 
 def test_an_output_class_of_ones_own_is_refused() -> None:
