@@ -8,14 +8,18 @@ Trace a model, run passes over the graph, lower it to packed operators, save and
     packed.save_pretrained("out")
     packed = prequant.load("out")
 
-Importing prequant lets transformers load saved folders, too.
+Importing prequant lets transformers load saved folders, too. Where transformers is not installed, ``prequant.runtime``
+alone can be used, which is what exported files run on.
 """
 
-from prequant import transformers_quantizer as _transformers_quantizer  # noqa: F401  (lets transformers load saved folders)
-from prequant.checkpoint import CheckpointError, load, save
-from prequant.passes import Pipeline, Program, calibrate, lower
-from prequant.runtime import PrequantError
-from prequant.trace import TraceError, trace
+from importlib.util import find_spec
+
+if find_spec("transformers") is not None:
+    from prequant import transformers_quantizer as _transformers_quantizer  # noqa: F401  (lets it load saved folders)
+    from prequant.checkpoint import CheckpointError, load, save
+    from prequant.passes import Pipeline, Program, calibrate, lower
+    from prequant.runtime import PrequantError
+    from prequant.trace import TraceError, trace
 
 __all__ = [
     "CheckpointError",

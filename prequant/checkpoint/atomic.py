@@ -76,7 +76,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
     is made where there is none.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     staging = Path(name)
     try:
