@@ -210,12 +210,12 @@ class Program(fx.GraphModule):
 
     def recompile(self) -> PythonCode:
         """Generate the code of the graph anew; the plan of another graph goes."""
-        kind = cast(Any, type(self))
-        if "__call__" not in vars(kind):
-            # torch.compile gives up on a code object that it has compiled eight times: every Program has its own.
-            kind.__call__ = _with_own_code(kind.__call__)
         before = self.__dict__.get("_code")
         code = super().recompile()
+        # Not fx's own, which explains errors in ways that a compiler trips over. torch.compile gives up on a code
+        # object that it has compiled eight times: every Program has its own.
+        kind = cast(Any, type(self))
+        kind.__call__ = _own_call(kind, self.written_class)
         self._key = enrol(self)
         if self._code != before:
             self.drop_plan()
@@ -366,6 +366,13 @@ class Program(fx.GraphModule):
         copied = self.written_class(self, graph)
         copied.meta = dict(self.meta)
         return copied
+
+
+def _own_call(kind: Any, written: type[Program]) -> Any:
+    """The ``__call__`` of the class that is written, as a function of this class alone; always the same."""
+    if "_call" not in vars(kind):
+        kind._call = _with_own_code(written.__call__)
+    return kind._call
 
 
 def _with_own_code(function: Any) -> Any:

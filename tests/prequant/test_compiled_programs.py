@@ -179,3 +179,13 @@ def test_any_number_of_programs_can_be_compiled() -> None:
     for _ in range(10):
         copied = original.copy()
         torch.testing.assert_close(compiled(copied, "eager")(**inputs).logits, original(**inputs).logits)
+
+
+def test_errors_are_those_of_the_program() -> None:
+    program = program_of("bert-sequence-classification", "lowered")
+    inputs = FAMILIES["bert-sequence-classification"]().make_inputs(2, 5)
+    ours = compiled(program, "eager")
+    with torch.no_grad():
+        ours(**inputs)
+        with pytest.raises(IndexError, match=f"ids reach from .* to {VOCABULARY}; the table has"):
+            ours(**{**inputs, "input_ids": inputs["input_ids"].index_fill(1, torch.tensor([0]), VOCABULARY)})
