@@ -21,6 +21,9 @@ if find_spec("transformers") is not None:
     from prequant.runtime import PrequantError
     from prequant.trace import TraceError, trace
 
+    if find_spec("transformers.exporters") is not None:  # not every transformers 5 has them
+        from prequant import transformers_exporter as _transformers_exporter  # noqa: F401  (registers its format)
+
 __all__ = [
     "CheckpointError",
     "Pipeline",
