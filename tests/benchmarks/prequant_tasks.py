@@ -1,12 +1,13 @@
 """PreQuant on all-MiniLM-L6-v2 and four tasks, against fine-tuning in float32, quantizing what was fine-tuned, LoRA on
 the same quantized base, and PreQuant that trains other weights.
 
-PREQUANT_DATA names a folder with glue/{SST-2,CoLA,STS-B} and squad. Rows that are done are kept; --only and --task
-measure some, so that several processes can share the work, a row each with one thread (OMP_NUM_THREADS=1)::
+PREQUANT_DATA names a folder with glue/{SST-2,CoLA,STS-B} and squad. Rows that are done are kept in
+results/prequant_tasks; --only and --task measure some, so that several processes can share the work, a row each with
+one thread (OMP_NUM_THREADS=1)::
 
     python tests/benchmarks/prequant_tasks.py run --work DIR --steps 1000 --task sst2 --task cola --task stsb
     python tests/benchmarks/prequant_tasks.py run --work DIR --steps 300 --task squad
-    python tests/benchmarks/prequant_tasks.py table --work DIR
+    python tests/benchmarks/prequant_tasks.py table
 """
 
 import json
@@ -18,7 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from results_file import data_folder, encoder_folder, write  # type: ignore[import-not-found]
+from results_file import RESULTS, data_folder, encoder_folder, write  # type: ignore[import-not-found]
 
 from prequant.checkpoint import save
 from prequant.compress import NONE, compress
@@ -43,9 +44,10 @@ texts take half the time, short ones the same."""
 OUTLIERS = 0.0125
 LORA_RANK = 12
 """On the projections of all attention layers: about as many numbers as PreQuant trains of this model."""
+ROWS_DONE = RESULTS / "prequant_tasks"
 
 app = typer.Typer(add_completion=False)
-Work = Annotated[Path, typer.Option(help="Where models and the figures of each row are kept.")]
+Work = Annotated[Path, typer.Option(help="Where models are kept.")]
 Steps = Annotated[int, typer.Option(help=f"Of every row that trains, of {BATCH} examples each.", min=1)]
 
 
@@ -135,8 +137,8 @@ ROWS: dict[str, Callable[[str, Path, int], dict[str, Any]]] = {
 }
 
 
-def _file(work: Path, row: str, name: str) -> Path:
-    return work / f"{name}-{row.replace(' ', '-').replace(',', '')}.json"
+def _file(row: str, name: str) -> Path:
+    return ROWS_DONE / f"{name}-{row.replace(' ', '-').replace(',', '')}.json"
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -149,25 +151,26 @@ def run(
     only: Annotated[list[str], typer.Option(help="A row; repeat for several.")] = list(ROWS),  # noqa: B006
     of: Annotated[list[str], typer.Option("--task", help="A task; repeat for several.")] = list(TASKS),  # noqa: B006
 ) -> None:
-    """Measure rows; those whose figures are in the work folder already are kept. Fine-tuning comes first."""
+    """Measure rows; those whose figures are there already are kept. Fine-tuning comes first."""
     work.mkdir(parents=True, exist_ok=True)
+    ROWS_DONE.mkdir(exist_ok=True)
     if unknown := [name for name in only if name not in ROWS] + [name for name in of if name not in TASKS]:
         raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join((*ROWS, *TASKS))}")
     for name in of:
         for row in only:
-            if not _file(work, row, name).is_file():
+            if not _file(row, name).is_file():
                 print(f"---- {name}: {row}", flush=True)
                 found = ROWS[row](name, work, steps)
-                write_json(_file(work, row, name), {**found, "steps": steps, "threads": torch.get_num_threads()})
+                write_json(_file(row, name), {**found, "steps": steps, "threads": torch.get_num_threads()})
 
 
 @app.command()
-def table(work: Work) -> None:
+def table() -> None:
     """Write the results file from the rows that have been measured."""
     done: dict[str, dict[str, Any]] = {}
     for row in ROWS:
         for name in TASKS:
-            if (path := _file(work, row, name)).is_file():
+            if (path := _file(row, name)).is_file():
                 done.setdefault(row, {})[name] = json.loads(path.read_text())
     budget: dict[str, int] = {}
     for row, figures in done.items():
