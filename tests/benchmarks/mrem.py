@@ -2,11 +2,11 @@
 quantization-aware training with all data; the size of the calibration set; teacher forcing.
 
 PREQUANT_DATA names a folder with glue/SST-2. ``--teacher`` is a model that ``prequant finetune`` made. Rows that are
-done are kept; --only measures some, so that several processes can share the work, a row each with one thread
-(OMP_NUM_THREADS=1)::
+done are kept in results/mrem; --only measures some, so that several processes can share the work, a row each with one
+thread (OMP_NUM_THREADS=1)::
 
     python tests/benchmarks/mrem.py run --teacher MODEL --work DIR --steps 1000
-    python tests/benchmarks/mrem.py table --work DIR
+    python tests/benchmarks/mrem.py table
 """
 
 import json
@@ -15,12 +15,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import psutil
 import torch
 import typer
-from results_file import data_folder, write  # type: ignore[import-not-found]
+from results_file import data_folder, row_file, write  # type: ignore[import-not-found]
 
 from prequant.checkpoint import load, save
 from prequant.measure import PeakMemory, weight_bytes, write_json
@@ -38,7 +38,7 @@ FORCING = (250, 2000)
 """Steps of each module in the rows that compare teacher forcing."""
 
 app = typer.Typer(add_completion=False)
-Work = Annotated[Path, typer.Option(help="Where models and the figures of each row are kept.")]
+Work = Annotated[Path, typer.Option(help="Where models are kept.")]
 Teacher = Annotated[Path, typer.Option(help="The fine-tuned float model.")]
 Steps = Annotated[int, typer.Option(help="Of each module.", min=1)]
 
@@ -135,8 +135,8 @@ def _rows() -> dict[str, Callable[[Path, Path, int], dict[str, Any]]]:
 ROWS = _rows()
 
 
-def _file(work: Path, row: str) -> Path:
-    return work / f"{row.replace(' ', '-').replace(',', '')}.json"
+def _file(row: str) -> Path:
+    return cast(Path, row_file("mrem", row))
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -149,27 +149,27 @@ def run(
     steps: Steps = 1000,
     only: Annotated[list[str], typer.Option(help="A row; repeat for several.")] = list(ROWS),  # noqa: B006
 ) -> None:
-    """Measure rows; those whose figures are in the work folder already are kept."""
+    """Measure rows; those whose figures are there already are kept."""
     work.mkdir(parents=True, exist_ok=True)
     load_tokenizer(teacher)
     if unknown := [row for row in only if row not in ROWS]:
         raise typer.BadParameter(f"{unknown[0]!r} is not one of {'; '.join(ROWS)}")
     for row in only:
-        path = _file(work, row)
+        path = _file(row)
         if not path.is_file():
             print(f"---- {row}", flush=True)
-            found = ROWS[row](teacher, path.with_suffix(""), steps)
+            found = ROWS[row](teacher, work / path.stem, steps)
             threads = {"threads": torch.get_num_threads(), "processors": psutil.cpu_count()}
             write_json(path, {**found, **threads, "budget": steps})
 
 
 @app.command()
-def table(work: Work) -> None:
+def table() -> None:
     """Write the results file from the rows that have been measured."""
-    done = {row: json.loads(_file(work, row).read_text()) for row in ROWS if _file(work, row).is_file()}
+    done = {row: json.loads(_file(row).read_text()) for row in ROWS if _file(row).is_file()}
     budgets = {found["budget"] for found in done.values()}
     if len(budgets) > 1:
-        raise typer.BadParameter(f"rows in {work} were measured with different --steps: {sorted(budgets)}")
+        raise typer.BadParameter(f"rows were measured with different --steps: {sorted(budgets)}")
     rows = [
         {
             "": row,

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
-from results_file import RESULTS, data_folder, encoder_folder, write  # type: ignore[import-not-found]
+from results_file import data_folder, encoder_folder, row_file, write  # type: ignore[import-not-found]
 
 from prequant.checkpoint import save
 from prequant.compress import NONE, compress
@@ -44,7 +44,6 @@ texts take half the time, short ones the same."""
 OUTLIERS = 0.0125
 LORA_RANK = 12
 """On the projections of all attention layers: about as many numbers as PreQuant trains of this model."""
-ROWS_DONE = RESULTS / "prequant_tasks"
 
 app = typer.Typer(add_completion=False)
 Work = Annotated[Path, typer.Option(help="Where models are kept.")]
@@ -138,7 +137,7 @@ ROWS: dict[str, Callable[[str, Path, int], dict[str, Any]]] = {
 
 
 def _file(row: str, name: str) -> Path:
-    return ROWS_DONE / f"{name}-{row.replace(' ', '-').replace(',', '')}.json"
+    return cast(Path, row_file("prequant_tasks", name, row))
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -153,7 +152,6 @@ def run(
 ) -> None:
     """Measure rows; those whose figures are there already are kept. Fine-tuning comes first."""
     work.mkdir(parents=True, exist_ok=True)
-    ROWS_DONE.mkdir(exist_ok=True)
     if unknown := [name for name in only if name not in ROWS] + [name for name in of if name not in TASKS]:
         raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join((*ROWS, *TASKS))}")
     for name in of:

@@ -19,6 +19,13 @@ from prequant.measure import installed_versions
 RESULTS = Path(__file__).parent / "results"
 
 
+def row_file(benchmark: str, *words: str) -> Path:
+    """Where the figures of one row are kept, beside the results: rows of a long table are measured one at a time."""
+    folder = RESULTS / benchmark
+    folder.mkdir(exist_ok=True)
+    return folder / f"{'-'.join(words).replace(' ', '-').replace(',', '')}.json"
+
+
 def data_folder() -> Path:
     """The folder with the public data sets: ``$PREQUANT_DATA``. Exits with a message if it is not set."""
     folder = os.environ.get("PREQUANT_DATA")

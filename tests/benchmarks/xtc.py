@@ -2,22 +2,23 @@
 the labels alone; short and long trainings.
 
 PREQUANT_DATA names a folder with glue/{CoLA,SST-2}; WORK has ``cola-teacher`` and ``sst2-teacher``, which ``prequant
-finetune`` made of the encoder. Rows that are done are kept, and a training that was ended goes on; --only measures
-some, so that several processes can share the work, a row each with one thread (OMP_NUM_THREADS=1)::
+finetune`` made of the encoder. Rows that are done are kept in results/xtc, and a training that was ended goes
+on; --only measures some, so that several processes can share the work, a row each with one thread
+(OMP_NUM_THREADS=1)::
 
     python tests/benchmarks/xtc.py run --work DIR --task cola --steps 1000
     python tests/benchmarks/xtc.py run --work DIR --task sst2 --steps 2000
-    python tests/benchmarks/xtc.py table --work DIR
+    python tests/benchmarks/xtc.py table
 """
 
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
-from results_file import data_folder, write  # type: ignore[import-not-found]
+from results_file import data_folder, row_file, write  # type: ignore[import-not-found]
 
 from prequant.compress import compress
 from prequant.measure import write_json
@@ -31,7 +32,7 @@ PLACES = {"cola": "glue/CoLA", "sst2": "glue/SST-2"}
 ALL_LAYERS, FLOAT = 6, 32
 
 app = typer.Typer(add_completion=False)
-Work = Annotated[Path, typer.Option(help="Where teachers, models and the figures of each row are kept.")]
+Work = Annotated[Path, typer.Option(help="Where teachers and models are kept.")]
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def measure(name: str, row: Row, work: Path, steps: int) -> dict[str, Any]:
     )
     count = row.layers if row.layers < ALL_LAYERS else 0
     recipe = XTC(bits=row.bits, count=count, distil=row.distil, training=training)
-    out = work / f"{name}-{row.name.replace(' ', '-').replace(',', '')}"
+    out = work / _file(name, row).stem
     report = compress(
         work / f"{name}-teacher",
         recipe,
@@ -87,8 +88,8 @@ def measure(name: str, row: Row, work: Path, steps: int) -> dict[str, Any]:
     }
 
 
-def _file(work: Path, name: str, row: Row) -> Path:
-    return work / f"{name}-{row.name.replace(' ', '-').replace(',', '')}.json"
+def _file(name: str, row: Row) -> Path:
+    return cast(Path, row_file("xtc", name, row.name))
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -101,12 +102,12 @@ def run(
     steps: Annotated[int, typer.Option(help=f"Of each stage, of {BATCH} examples.", min=10)] = 1000,
     only: Annotated[list[str], typer.Option(help="A row; repeat for several; all if none.")] = [],  # noqa: B006
 ) -> None:
-    """Measure rows; those whose figures are in the work folder already are kept."""
+    """Measure rows; those whose figures are there already are kept."""
     known = {row.name: row for row in rows(of)}
     if unknown := [name for name in only if name not in known]:
         raise typer.BadParameter(f"{unknown[0]!r} is not one of {'; '.join(known)}")
     for name in only or known:
-        path = _file(work, of, known[name])
+        path = _file(of, known[name])
         if not path.is_file():
             print(f"---- {of}: {name}", flush=True)
             found = measure(of, known[name], work, steps)
@@ -114,15 +115,11 @@ def run(
 
 
 @app.command()
-def table(work: Work) -> None:
+def table() -> None:
     """Write the results file from the rows that have been measured."""
     tables, budgets = {}, {}
     for name in PLACES:
-        done = {
-            row: json.loads(_file(work, name, row).read_text())
-            for row in rows(name)
-            if _file(work, name, row).is_file()
-        }
+        done = {row: json.loads(_file(name, row).read_text()) for row in rows(name) if _file(name, row).is_file()}
         if not done:
             continue
         found = {figures["budget"] for figures in done.values()}
