@@ -15,6 +15,7 @@ from .fuse_epilogue import FuseEpilogue
 from .fuse_parallel_linears import FuseParallelLinears
 from .hide_outputs import HideOutputs
 from .lower import Lower, lower
+from .networkx_graph import to_networkx
 from .observers import Damage, Dump, Observer, Step, Timing, Verify
 from .options import Option, OptionError
 from .partition import Cut, Partitioned, partition
@@ -89,6 +90,7 @@ __all__ = [
     "partition",
     "propagate_shapes",
     "readable",
+    "to_networkx",
     "weight_sites",
     "weights",
 ]

@@ -79,15 +79,15 @@ class Damage(Observer):
         program = program.copy().train(False)  # a copy, because the mode is part of the graph
         with torch.no_grad():
             flat = program.forward(*program.bind((), self.inputs))
-        named = ((name, flat[index]) for name, index in _named(program.signature.outputs))
+        named = ((name, flat[index]) for name, index in named_results(program.signature.outputs))
         return {name: value for name, value in named if isinstance(value, Tensor) and value.is_floating_point()}
 
 
-def _named(tree: OutputTree, path: str = "") -> Iterator[tuple[str, int]]:
+def named_results(tree: OutputTree, path: str = "") -> Iterator[tuple[str, int]]:
     """Each result's place in the nest, ``logits`` or ``hidden_states.3``, with its index."""
     if isinstance(tree, int):
         yield path or "result", tree
         return
     parts: Any = tree.items() if isinstance(tree, dict) else enumerate(tree or ())
     for key, part in parts:
-        yield from _named(part, f"{path}.{key}" if path else str(key))
+        yield from named_results(part, f"{path}.{key}" if path else str(key))
