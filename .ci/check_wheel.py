@@ -9,7 +9,13 @@ import sys
 import zipfile
 from pathlib import Path
 
-WANTED = ("prequant/__init__.py", "prequant/passes/__init__.py", "prequant/runtime/__init__.py")
+PAGE = ("page.html", "page.css", "app.js", "vendored/dagre.min.js", "vendored/dagre.min.js.LEGAL.txt")
+WANTED = (
+    "prequant/__init__.py",
+    "prequant/passes/__init__.py",
+    "prequant/runtime/__init__.py",
+    *(f"prequant/view/assets/{name}" for name in PAGE),
+)
 LIBRARY = "prequant/runtime/libprequant_native.so"
 
 

@@ -54,8 +54,8 @@ def weight_rows(
     or taken from ``recorded`` (dB by weight name). Raises :class:`PrequantError` if ``original`` is of another model: a
     compressed weight is not in it, or is of another shape there, or there are more layers, so that names mean others.
     """
-    if isinstance(program, ModelProgram) and isinstance(original, ModelProgram):
-        _check_depths(depths(program.config), depths(original.config))
+    if original is not None:
+        check_depths(program, original)
     floats = {name: view for view in weights(original) for name in view.program.names_of(view.name)} if original else {}
     views = weights(program)
     pairs = {view.name: found for view in views if (found := _same_weight(view, floats)) is not None}
@@ -67,8 +67,12 @@ def weight_rows(
     return [_row(program, view, pairs.get(view.name), (recorded or {}).get(view.name)) for view in views]
 
 
-def _check_depths(own: Mapping[str, int], originals: Mapping[str, int]) -> None:
-    for name, count in own.items():
+def check_depths(program: Program, original: Program) -> None:
+    """Raise :class:`PrequantError` where a model has other numbers of layers than its original, if they are known."""
+    if not (isinstance(program, ModelProgram) and isinstance(original, ModelProgram)):
+        return
+    originals = depths(original.config)
+    for name, count in depths(program.config).items():
         if originals.get(name, count) != count:
             raise PrequantError(
                 f"the model has {count} layers, the original {originals[name]} ({name}): which of them it was made of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -126,6 +127,15 @@ def check_output(out: Path, *sources: str | Path) -> None:
         if Path(source).is_dir() and out.exists() and out.samefile(source):
             raise SourceError(f"{out} is the model that is read: it would be lost; name another folder to write")
     check_writable(out)
+
+
+def check_output_file(out: Path) -> None:
+    """Raise :class:`SourceError` before any work if no file could be written to ``out``."""
+    if out.is_dir():
+        raise SourceError(f"{out} is a folder; name a file to write")
+    nearest = next(path for path in out.absolute().parents if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise SourceError(f"{out} can't be written: {nearest} is no folder that can be written to")
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ COMMANDS = (
     "passes",
     "recipes",
     "tasks",
+    "view",
 )
 FOUR_PASSES = "canonicalize,split-outliers{ratio=0.01},quantize-weights{bits=4},lower"
 
