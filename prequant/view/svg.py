@@ -42,6 +42,9 @@ def svg(record: Record, scene: dict[str, Any]) -> str:
     for box in scene["boxes"]:
         if box["type"] != "frame":
             _box(body, box, scene["strip"])
+    for box in scene["boxes"]:
+        if box["type"] == "frame":  # above the lines that cross it
+            _title(body, box)
     return ET.tostring(root, encoding="unicode") + "\n"
 
 
@@ -88,11 +91,16 @@ def _bytes_text(count: int) -> str:
 
 
 def _frame(parent: ET.Element, box: dict[str, Any]) -> None:
-    _add(parent, "rect", x=box["x"], y=box["y"], width=box["w"], height=box["h"], rx=10, fill="#3c5078",
-         fill_opacity="0.045", stroke=EDGE)  # fmt: skip
-    label = f"{box['label']} · {box['value']}" if box["value"] else box["label"]
-    _add(parent, "text", label, x=box["x"] + 10, y=box["y"] + 15, font_size=12.5, font_weight=600, fill=INK)
+    place = {key: box[key] for key in ("x", "y")} | {"width": box["w"], "height": box["h"]}
+    _add(parent, "rect", **place, rx=10, fill="#3c5078", fill_opacity="0.045", stroke=EDGE)
     _asides(parent, box)
+
+
+def _title(parent: ET.Element, box: dict[str, Any]) -> None:
+    label = f"{box['label']} · {box['value']}" if box["value"] else box["label"]
+    title = _add(parent, "text", label, x=box["x"] + 10, y=box["y"] + 15, font_size=12.5, font_weight=600, fill=INK)
+    for key, value in (("paint-order", "stroke"), ("stroke", SURFACE), ("stroke-width", "4")):
+        title.set(key, value)
 
 
 def _line(parent: ET.Element, line: dict[str, Any]) -> None:

@@ -50,11 +50,12 @@ const bitsShare = (bits) => Math.log2(Math.max(1, bits)) / 5;
 const decibelShare = (value) => (value - DECIBELS[0]) / (DECIBELS[1] - DECIBELS[0]);
 const decibelColour = (value) => (value === Infinity ? EXACT : along(RED_TO_BLUE, decibelShare(value)));
 
-// `of`: the value of a node, or null; `join`: that of several nodes; `text`: how it is written.
+// `of`: the value of a node, or null; `ofWeight`: that of the weight which a node computes with, where it is another one;
+// `join`: that of several nodes; `text`: how it is written.
 const COLOURINGS = {
   bits: {
     title: "Bits",
-    help: "bits stored for each weight, all told",
+    help: "bits stored per weight, all told",
     of: (model, node) => model.bitsOf(node),
     join: (values, elements) => sum(values.map((v, i) => v * elements[i])) / sum(elements),
     text: formatBits,
@@ -63,7 +64,7 @@ const COLOURINGS = {
   },
   weights: {
     title: "Weight error",
-    help: "SQNR of weights; of a block, the worst",
+    help: "SQNR of weights (of blocks: the worst)",
     of: (model, node) => model.weightErrorOf(node),
     join: least,
     text: formatDecibels,
@@ -72,7 +73,7 @@ const COLOURINGS = {
   },
   values: {
     title: "Value error",
-    help: "SQNR of values; of a block, the worst",
+    help: "SQNR of values (of blocks: the worst)",
     of: (model, node) => model.valueErrorOf(node),
     join: least,
     text: formatDecibels,
@@ -81,8 +82,9 @@ const COLOURINGS = {
   },
   bytes: {
     title: "Bytes",
-    help: "bytes of the tensors that it reads",
+    help: "bytes of tensors read",
     of: (model, node) => model.bytesOf(node) || null,
+    ofWeight: (model, node) => sum(model.weightsOf(node).map((weight) => weight.bytes)) || null,
     join: sum,
     text: formatBytes,
     colour: (value, range) => along(CIVIDIS, logShare(value, range)),
@@ -90,8 +92,9 @@ const COLOURINGS = {
   },
   time: {
     title: "Time",
-    help: "median time of each op by itself, on the batch",
+    help: "median time, op by op",
     of: (model, node) => model.timeOf(node),
+    ofWeight: (model, node) => (node.record.target === "operator.getitem" ? null : model.timeOf(node)), // of several in one op
     join: sum,
     text: formatSeconds,
     colour: (value, range) => along(CIVIDIS, logShare(value, range)),

@@ -32,7 +32,8 @@ function drawScene(scene, holder) {
   });
   const frames = scene.boxes.filter((box) => box.type === "frame").map(drawFrame);
   const others = scene.boxes.filter((box) => box.type !== "frame").map((box) => (box.type === "block" ? drawBlock(box) : drawNode(box)));
-  holder.replaceChildren(...frames, ...lines, ...others);
+  const titles = scene.boxes.filter((box) => box.type === "frame").map(drawTitle); // above the lines that cross them
+  holder.replaceChildren(...frames, ...lines, ...others, ...titles);
 }
 
 function group(box, description, expanded, ...children) {
@@ -103,17 +104,21 @@ function drawBlock(box) {
 // What many boxes read is named beside each of them.
 function drawAsides(box) {
   if (!box.asides.length) return [];
-  const words = text(box.asides.join(", "), -22, box.h / 2 + 4, "aside", ASIDE_WIDTH - 24, 11, "end");
+  const words = text(asideText(box), -22, box.h / 2 + 4, "aside", ASIDE_WIDTH, 11, "end");
+  words.append(tooltip(box.asides.join(", ")));
   return [words, shape("path", { class: "line", d: `M-18,${box.h / 2}L0,${box.h / 2}`, "marker-end": "url(#arrow)" })];
 }
 
 function drawFrame(box) {
+  const surface = shape("rect", { class: "shape", width: box.w, height: box.h, rx: 10 });
+  return group(box, described(box), "true", surface, ...drawAsides(box));
+}
+
+function drawTitle(box) {
   const { marks, left } = changeMarks(box, 15, box.w - 10);
-  const value = box.value ? ` · ${box.value}` : "";
-  return group(
-    box, described(box), "true",
-    shape("rect", { class: "shape", width: box.w, height: box.h, rx: 10 }),
-    text(`${box.label}${value}`, 10, 15, "label", left - 14, 12.5),
-    ...marks, ...drawAsides(box),
+  const words = box.value ? `${box.label} · ${box.value}` : box.label;
+  return shape(
+    "g", { class: "title", transform: `translate(${box.x},${box.y})`, "aria-hidden": "true" },
+    text(words, 10, 15, "label", left - 14, 12.5), ...marks,
   );
 }

@@ -179,11 +179,14 @@ class StageGraph {
   // Blocks to open so that a model's repeated layers are seen, or, where there are none, its first level.
   initiallyOpen() {
     const open = new Set(["m:"]);
+    const isNumbered = (child) => child.children && /^(.*\.)?\d+$/.test(child.label);
     for (const block of this.blocks.values()) {
-      const numbered = block.children.filter((child) => child.children && /^(.*\.)?\d+$/.test(child.label));
-      if (numbered.length > 1) for (const above of [...this.ancestors(block), block]) open.add(above.id);
+      const above = [...this.ancestors(block), block];
+      if (above.some(isNumbered) || block.children.filter(isNumbered).length < 2) continue;
+      for (const each of above) open.add(each.id);
     }
-    if (open.size === 1 && this.root.children.length === 1 && this.root.children[0].children) open.add(this.root.children[0].id);
+    const [only, ...others] = this.root.children.filter((child) => child.children);
+    if (open.size === 1 && only && !others.length) open.add(only.id);
     return open;
   }
 
@@ -236,9 +239,17 @@ class StageGraph {
     return values.length ? colouring.join(values, elements) : null;
   }
 
-  // The least and the largest value that a node has.
+  // The least and the largest value that a node or a weight has.
   rangeOf(colouring) {
-    const values = [...this.nodes.values()].map((node) => colouring.of(this, node)).filter((v) => v !== null && v > 0);
-    return values.length ? [Math.min(...values), Math.max(...values)] : [0, 0];
+    let [low, high] = [Infinity, 0];
+    for (const node of this.nodes.values()) {
+      for (const of of [colouring.of, ...(colouring.ofWeight && node.record.uses.length ? [colouring.ofWeight] : [])]) {
+        const value = of(this, node);
+        if (value === null || value <= 0) continue;
+        low = Math.min(low, value);
+        high = Math.max(high, value);
+      }
+    }
+    return high ? [low, high] : [0, 0];
   }
 }

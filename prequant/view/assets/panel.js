@@ -29,7 +29,7 @@ function table(headings, rows, kind = "") {
 
 // A dotted name that may be broken after its dots.
 function dotted(name) {
-  return name.split(/(?<=[._])/).flatMap((part, i) => (i ? [make("wbr"), part] : [part]));
+  return name.split(/(?<=[._{,=])/).flatMap((part, i) => (i ? [make("wbr"), part] : [part]));
 }
 
 class Panel {
@@ -52,7 +52,7 @@ class Panel {
   showModel(model, stage) {
     const { record } = model;
     this.show(
-      make("h2", {}, stage.stage.source || stage.stage.title),
+      make("h2", {}, ...dotted(stage.stage.source || stage.stage.title)),
       this.stageFacts(stage),
       ...record.notes.map((note) => make("p", { class: "note" }, note)),
       this.stageTable(model, stage),
@@ -118,7 +118,7 @@ class Panel {
       facts([
         ["Nodes", count(block.nodes.length)],
         ["Bytes", formatBytes(value("bytes") || 0)],
-        block.users.length ? ["Bits for each weight", known(value("bits"), formatBits)] : null,
+        block.users.length ? ["Bits per weight", known(value("bits"), formatBits)] : null,
         block.users.length ? ["Worst weight error", known(value("weights"), formatDecibels)] : null,
         stage.errors.size ? ["Worst value error", known(value("values"), formatDecibels)] : null,
         stage.times.size ? ["Time of its ops", known(value("time"), formatSeconds)] : null,
@@ -217,12 +217,12 @@ class Panel {
         weight.input_format ? ["Inputs quantized", weight.input_format] : null,
         ["Shape", weight.shape.join(" × ")],
         ["Bytes", `${formatBytes(weight.bytes)} of ${formatBytes(weight.float_bytes)}`],
-        ["Bits for each weight", weight.bits.toFixed(2)],
+        ["Bits per weight", weight.bits.toFixed(2)],
         ["Error", error],
         weight.outliers ? ["Outliers", `${count(weight.outliers)} (${((100 * weight.outliers) / elements).toPrecision(2)} %)`] : null,
-        weight.scales ? ["Scales", `${weight.scales.map((scale) => scale.toPrecision(3)).join(" / ")}`] : null,
+        weight.scales ? ["Scale, median", weight.scales[1].toPrecision(3)] : null,
+        weight.scales ? ["Scales, from to", `${weight.scales[0].toPrecision(3)} – ${weight.scales[2].toPrecision(3)}`] : null,
       ]),
-      weight.scales ? make("p", { class: "quiet" }, "Scales: least / median / largest.") : null,
       weight.histogram ? valueChart(weight) : null,
       weight.codes.length > 1 ? codeChart(weight) : null,
     );

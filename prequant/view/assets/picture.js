@@ -24,9 +24,9 @@ function drawable(box) {
   const room = box.type === "block" ? box.w - 3 * STRIP.x - widthOf(box.value, 12) : box.w - 14;
   const label = fitted(box.label, box.type === "frame" ? box.w : room, 15);
   const sub = [box.sub, box.type === "block" ? "" : box.value || box.shape].filter(Boolean).join(" · ");
-  const { type, value, fill, ink, x, y, w, h, cells, asides } = box;
+  const { type, value, fill, ink, x, y, w, h, cells } = box;
   return {
-    type, label, value, fill, ink, x, y, w, h, asides: fitted(asides.join(", "), ASIDE_WIDTH - 24, 11),
+    type, label, value, fill, ink, x, y, w, h, asides: asideText(box),
     sub: type === "block" ? (widthOf(label, 15) + widthOf(box.sub, 12) + 8 < room ? box.sub : "") : fitted(sub, room, 11.5),
     subX: STRIP.x + widthOf(label, 15) + 8, cells: cells.map(({ x, w, fill }) => ({ x, w, fill })),
   };

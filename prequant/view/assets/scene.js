@@ -4,6 +4,7 @@
 const SIZES = {
   op: { w: 150, h: 34 },
   block: { w: 292, h: 48 },
+  bare: { w: 292, h: 32 }, // a block without weights
   terminal: { w: 164, h: 26 },
 };
 const STRIP = { x: 12, y: 28, h: 12, gap: 1.5 };
@@ -156,11 +157,14 @@ function settle(frame, x, y) {
 
 // ---- boxes ----------------------------------------------------------------------------------------------------------
 
-function painted(stage, item, colouring, range) {
-  const value = stage.valueOf(item, colouring);
+function painted(stage, item, colouring, range, value = stage.valueOf(item, colouring)) {
   if (value === null) return { value: "", fill: null, ink: null };
   const fill = colouring.colour(value, range);
   return { value: colouring.text(value), fill, ink: inkOn(fill) };
+}
+
+function paintedWeight(stage, node, colouring, range) {
+  return painted(stage, node, colouring, range, (colouring.ofWeight || colouring.of)(stage, node));
 }
 
 function nodeBox(stage, node, colouring, range) {
@@ -179,7 +183,7 @@ function nodeBox(stage, node, colouring, range) {
 function blockBox(stage, block, colouring, range) {
   return {
     id: block.id, type: "block", label: block.label, sub: block.kind, change: null, changes: stage.hasBefore ? block.changes : null,
-    cells: strip(stage, block, colouring, range), ...SIZES.block, ...painted(stage, block, colouring, range),
+    cells: strip(stage, block, colouring, range), ...(block.users.length ? SIZES.block : SIZES.bare), ...painted(stage, block, colouring, range),
   };
 }
 
@@ -201,10 +205,16 @@ function strip(stage, block, colouring, range) {
   let x = STRIP.x;
   return users.map((node, i) => {
     const w = Math.max(0.5, least + (rest * shares[i]) / Math.max(1e-9, sum(shares)));
-    const cell = { node: node.id, x, w, ...painted(stage, node, colouring, range), label: node.record.uses.join(", ") };
+    const cell = { node: node.id, x, w, label: node.record.uses.join(", "), ...paintedWeight(stage, node, colouring, range) };
     x += w + STRIP.gap;
     return cell;
   });
+}
+
+// What a box reads that is named beside it, as far as there is room.
+function asideText({ asides }) {
+  const more = asides.length > 1 ? ` +${asides.length - 1}` : "";
+  return asides.length ? fitted(asides[0], ASIDE_WIDTH - 24 - widthOf(more, 11), 11) + more : "";
 }
 
 // A line as the path of an SVG: smooth through its points.
@@ -237,6 +247,6 @@ function recolour(scene, stage, colouringName) {
   const range = stage.rangeOf(colouring);
   for (const box of scene.boxes) {
     Object.assign(box, painted(stage, stage.nodes.get(box.id) || stage.blocks.get(box.id), colouring, range));
-    for (const cell of box.cells) Object.assign(cell, painted(stage, stage.nodes.get(cell.node), colouring, range));
+    for (const cell of box.cells) Object.assign(cell, paintedWeight(stage, stage.nodes.get(cell.node), colouring, range));
   }
 }

@@ -29,7 +29,7 @@ def test_an_svg_shows_the_blocks_and_their_totals(tmp_path: Path) -> None:
     assert {"tiny", "bert", "embeddings", "layer.0", "pooler", "classifier", "output"} <= {
         word.split(" · ")[0] for word in shown
     }
-    assert "bits stored for each weight, all told" in shown
+    assert "bits stored per weight, all told" in shown
 
 
 @pytest.mark.parametrize("colouring", COLOURINGS)
