@@ -83,11 +83,10 @@ def _head(root: ET.Element, record: Record, scene: dict[str, Any]) -> None:
 
 
 def _bytes_text(count: int) -> str:
-    size, unit = next(
-        ((count / power, unit) for power, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= power),
-        (count, "B"),
-    )
-    return f"{size:.3g} {unit}"
+    for power, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= power:
+            return f"{count / power:.3g} {unit}"
+    return f"{count} B"
 
 
 def _frame(parent: ET.Element, box: dict[str, Any]) -> None:

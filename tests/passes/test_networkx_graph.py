@@ -69,7 +69,7 @@ def test_a_tied_weight_is_read_at_both_ends() -> None:
     assert {graph.nodes[name]["target"] for name in tied} == {"tokens.weight", "embedding", "linear"}
 
 
-@pytest.mark.parametrize("name", ["gpt2-causal-lm", "t5-seq2seq-lm"])
+@pytest.mark.parametrize("name", ["gpt2-causal-lm", "t5-encoder"])
 def test_every_edge_of_a_lowered_model_is_an_operand(name: str) -> None:
     program = lower(Pipeline([Canonicalize(), QuantizeWeights(bits=4)])(traced(name)))
     graph = to_networkx(program)

@@ -45,10 +45,11 @@ class StageGraph {
   }
 
   showRemoved(shown) {
-    this._build(shown);
+    if (!this._root || this._withRemoved !== shown) this._build(shown);
   }
 
   _build(withRemoved) {
+    this._withRemoved = withRemoved;
     const records = this.record.nodes;
     const live = this.stage.nodes.map((at) => ({ id: `n:${records[at].name}`, record: records[at], removed: false }));
     const gone = withRemoved

@@ -209,7 +209,7 @@ def test_a_deep_model_draws_only_what_is_open(chromium: webdriver.Chrome, tmp_pa
     closed = page.run(elements)
     nodes = len(deep_record().stages[-1].nodes)
     layers = [id for id in page.boxes() if id.startswith("m:transformer.h.")]
-    assert len(layers) == 24 and len(page.boxes()) < 40 < nodes / 20
+    assert len(layers) == 24 and len(page.boxes()) < 40 < nodes / 15
     assert closed < 40 * 24
     # Opening a layer lays out that layer and the frames around it: what it adds does not hang on the others.
     count = """

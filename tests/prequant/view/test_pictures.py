@@ -1,16 +1,18 @@
 """Pictures: well-formed, with the boxes that are open, and with hostile names as text."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
 
-from prequant.view import COLOURINGS, PictureError, Record, write_picture
+from prequant.view import COLOURINGS, PictureError, Record, record_of, write_picture
 from prequant.view.dot import dot, quoted
 from prequant.view.pictures import check_format
 from prequant.view.scene import scene
 
+from ...models import traced
 from .records import HOSTILE, bert_record, deep_record, hostile_record
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -67,6 +69,28 @@ def test_what_all_layers_read_is_named_beside_them_instead_of_a_fan_of_lines() -
     layers = [box for box in found["boxes"] if re.fullmatch(r"h\.\d+", box["label"])]
     assert len(layers) == 24 and all(layer["asides"] for layer in layers)
     assert len(found["lines"]) < 3 * len(found["boxes"])
+
+
+def test_layers_within_layers_stay_closed() -> None:
+    """T5's blocks hold numbered layers themselves."""
+    found = scene(record_of(traced("t5-encoder")), "bits", None)
+    closed = [box["label"] for box in found["boxes"] if box["type"] == "block"]
+    assert {"block.0", "block.1"} <= set(closed) and not [label for label in closed if label.startswith("layer.")]
+
+
+def test_cells_show_the_bytes_of_weights_even_where_an_op_before_makes_their_values() -> None:
+    """Then a linear reads its bias alone."""
+    record = bert_record()
+    simulated = replace(record, stages=record.stages[:4])
+    assert simulated.stages[-1].title == "quantize-weights"
+    fills = {}
+    for which in (simulated, record):
+        (layer,) = (box for box in scene(which, "bytes", None)["boxes"] if box["label"] == "layer.0")
+        fills[len(which.stages)] = [cell["fill"] for cell in layer["cells"]]
+    for query, key, _, _, up, down in fills.values():
+        assert query == key and up != query and down != query
+    (large,) = {len(set(cells)) for cells in fills.values()}
+    assert large == 3  # 32 × 32, 48 × 32 and 32 × 48 weights
 
 
 def test_a_png_is_a_picture(tmp_path: Path) -> None:
