@@ -15,7 +15,7 @@ from prequant.passes.specialize import specialize
 from prequant.passes.transplant import transplant
 from prequant.runtime import WeightFormat
 
-from .cached_trace import BATCH, HIDDEN, QUERY, SOURCE, CachedTrace, cache_names
+from .cached_trace import BATCH, HIDDEN, QUERY, SOURCE, cache_names
 from .errors import GenerationError
 from .skeleton import skeleton
 
@@ -47,7 +47,7 @@ def make_graphs(program: ModelProgram) -> Graphs:
     encoder = None if traces.encoder is None else transplant(program, traces.encoder)
     decode = specialize(prefill, {QUERY: 1})
     if encoder is not None:
-        _take_cross_cache(decode, traces)
+        take_cross_cache(decode, traces.layers)
     graphs = Graphs(prefill, decode, encoder)
     _check_reads(program, graphs)
     return graphs
@@ -81,15 +81,18 @@ def _over(graph: Program, program: ModelProgram) -> Program:
     return result
 
 
-def _take_cross_cache(program: Program, traces: CachedTrace) -> None:
-    """Turn the keys and values of the encoder's positions from results into inputs."""
-    graph, own = program.graph, 1 + 2 * traces.layers
+def take_cross_cache(program: Program, layers: int) -> None:
+    """Turn the keys and values of the encoder's positions from results into inputs.
+
+    Raises :class:`GenerationError` for a graph that reads the encoder's hidden states for more than these.
+    """
+    graph, own = program.graph, 1 + 2 * layers
     output = graph.output_node()
     results: Any = output.args[0]
     placeholders: list[fx.Node] = list(graph.find_nodes(op="placeholder"))
     inputs = list(program.signature.inputs)
     last = placeholders[-1]
-    for name, node in zip(cache_names(traces.layers, "cross"), results[own:], strict=True):
+    for name, node in zip(cache_names(layers, "cross"), results[own:], strict=True):
         with graph.inserting_after(last):
             last = graph.placeholder(name)
         value = node.meta["val"]

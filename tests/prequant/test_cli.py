@@ -26,6 +26,7 @@ COMMANDS = (
     "adapters",
     "compress",
     "eval",
+    "export",
     "finetune",
     "generate",
     "inspect",
