@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from ..prequant.tiny import save_folder, write_data
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TORCH_PEERS = {
     "torch fp32",
@@ -110,6 +112,44 @@ def test_decode_compares_generation(tmp_path: Path) -> None:
         assert row["error"] <= (1e-6 if row["name"] == "torch fp32" else 0.05) and row["cosine"] > 0.99
     table = (tmp_path / "decode.md").read_text(encoding="utf-8")
     assert done.stdout.strip() == table.strip()
+
+
+@pytest.mark.slow
+def test_onnx_export_compares_with_onnx_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "glue" / "SST-2"
+    data.mkdir(parents=True)
+    for split in ("train", "validation"):
+        write_data(
+            data / f"{split}.tsv", train=4 if split == "train" else 0, validation=4 if split == "validation" else 0
+        )
+    monkeypatch.setenv("PREQUANT_DATA", str(tmp_path))
+    model = save_folder(tmp_path / "model", head="ForSequenceClassification", hidden_size=64, intermediate_size=128)
+    words = (
+        "--model",
+        model,
+        "--work",
+        tmp_path / "work",
+        "--only",
+        "OPT",
+        "--export",
+        "matmulnbits",
+        "--limit",
+        3,
+        "--out",
+        tmp_path,
+    )
+    done = run("onnx_export.py", *words)
+    assert done.returncode == 0, done.stderr
+    tables = json.loads((tmp_path / "onnx_export.json").read_text())["tables"]
+    assert [row["style"] for row in tables["Files"]] == ["qdq", "matmulnbits"]
+    for row in tables["Files"]:
+        assert float(row["largest difference"]) < 1e-4 and 0.95 < float(row["file / packed"]) < 1.05
+    exact = [
+        row
+        for row in tables["SST-2"]
+        if row["run by"].endswith("matmulnbits") and "inputs" not in row["weights and inputs"]
+    ]
+    assert exact and all(float(row["largest difference of logits"]) < 1e-4 for row in exact)
 
 
 @pytest.mark.slow

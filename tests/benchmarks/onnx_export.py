@@ -1,0 +1,235 @@
+"""Exports to ONNX: how near ONNX Runtime's results are to the Program's, how large the files are, and SST-2 in both.
+
+Models with 4-bit weights, by row, in both styles; then a classifier that was fine-tuned on SST-2 (``prequant finetune``
+makes one), compressed without training, over the sentences of the development set (PREQUANT_DATA). All on one thread;
+Program and ONNX Runtime take the batches in turn. ``--gpt2`` and ``--llama`` take folders of real decoders; without
+them, random ones stand in::
+
+    python tests/benchmarks/onnx_export.py --model FINE-TUNED --work DIR
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import onnxruntime
+import torch
+import transformers
+import typer
+from results_file import data_folder, encoder_folder, write  # type: ignore[import-not-found]
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from prequant.export import export_onnx
+from prequant.measure import tensor_bytes
+from prequant.passes import Canonicalize, Pipeline, Program, QuantizeActivations, QuantizeWeights, lower
+from prequant.runtime import Granularity
+from prequant.tasks import task
+from prequant.trace import trace
+
+SEED, LENGTH, BATCHES = 42, 24, (1, 32)
+STYLES = ("qdq", "matmulnbits")
+GROUP: dict[str, Any] = {"granularity": Granularity.GROUP, "group_size": 64}
+
+app = typer.Typer(add_completion=False)
+
+
+def session(path: Path, exact: bool = False) -> Any:
+    """ONNX Runtime on one thread. ``exact``: what it fuses out of QDQ itself computes in float32, too."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    if exact:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def models(gpt2: Path | None, llama: Path | None) -> Iterator[tuple[str, Any]]:
+    """Real ones where there are any, else of a real one's shape but smaller."""
+    torch.manual_seed(SEED)
+    yield "all-MiniLM-L6-v2", AutoModel.from_pretrained(encoder_folder(), dtype=torch.float32)
+    if gpt2 is not None:
+        yield f"GPT-2, {gpt2.name}", AutoModelForCausalLM.from_pretrained(gpt2, dtype=torch.float32)
+    else:
+        config: Any = transformers.GPT2Config(n_layer=4, n_embd=256, n_head=4, vocab_size=8000)
+        yield "GPT-2, random", transformers.GPT2LMHeadModel(config)
+    sizes: dict[str, Any] = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 8000}
+    config = transformers.OPTConfig(**sizes, ffn_dim=1024, word_embed_proj_dim=256)
+    yield "OPT, random", transformers.OPTForCausalLM(config)
+    if llama is not None:
+        yield f"Llama, {llama.name}", AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    else:
+        yield "Llama, random", transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, intermediate_size=768))
+    config = transformers.T5Config(vocab_size=8000, d_model=256, d_kv=64, d_ff=1024, num_layers=4, num_heads=4)
+    config.decoder_start_token_id = 0
+    yield "T5, random", transformers.T5ForConditionalGeneration(config)
+
+
+def file_rows(name: str, model: Any, work: Path) -> Iterator[dict[str, Any]]:
+    """A row for each style: the graph without a cache against the Program, and the file that a user gets."""
+    vocabulary = model.config.vocab_size
+    ids = torch.randint(3, vocabulary, (2, LENGTH), generator=torch.Generator().manual_seed(SEED))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids[:, :9]
+    program = Pipeline([Canonicalize(), QuantizeWeights()])(trace(model.eval(), inputs))
+    packed = lower(program)
+    with torch.no_grad():
+        expected = next(iter(program(**inputs).values())).numpy()
+    path = work / "model.onnx"
+    for style in STYLES:
+        export_onnx(packed, path, style=style, cache=False)  # type: ignore[arg-type]
+        found = session(path, exact=True).run(None, {key: value.numpy() for key, value in inputs.items()})[0]
+        started = time.perf_counter()
+        written = export_onnx(packed, path, style=style)  # type: ignore[arg-type]
+        seconds = time.perf_counter() - started
+        bytes = tensor_bytes(packed)
+        yield {
+            "model": name,
+            "style": style,
+            "largest difference": f"{np.abs(found - expected).max():.1e}",
+            "standard deviation": f"{expected.std():.2f}",
+            "packed tensors, bytes": f"{bytes:,}",
+            "file, bytes": f"{written.bytes:,}",
+            "file / packed": f"{written.bytes / bytes:.4f}",
+            "files": len([file for file in written.files if file.suffix == ".onnx"]),
+            "export, s": f"{seconds:.1f}",
+        }
+
+
+# ---- SST-2 ---------------------------------------------------------------------------------------------------------
+
+WAYS = {"float32": None, "4-bit weights": False, "4-bit weights, 8-bit inputs": True}
+"""Whether inputs are quantized; None for the model as it is."""
+EXPORTS: dict[str, dict[str, Any]] = {
+    "qdq": {"style": "qdq"},
+    "matmulnbits": {"style": "matmulnbits"},
+    "matmulnbits, level 4": {"style": "matmulnbits", "accuracy_level": 4},
+    "matmulnbits, opset 23": {"style": "matmulnbits", "opset": 23},
+}
+
+
+def batches(model: Path, size: int) -> list[dict[str, np.ndarray[Any, Any]]]:
+    """The development set in order, padded batch by batch, with its labels."""
+    sst2, tokenizer = task("sst2"), AutoTokenizer.from_pretrained(model)
+    longest = min(128, tokenizer.model_max_length)
+    rows = sst2.encode(
+        sst2.load(str(data_folder() / "glue" / "SST-2"))["validation"], tokenizer, longest, progress=False
+    )
+    collate = sst2.collator(tokenizer)
+    names = ("input_ids", "attention_mask", "labels")
+    made = []
+    for start in range(0, len(rows), size):
+        batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
+        made.append({name: batch[name].numpy() for name in names})
+    return made
+
+
+def runner(program: Program) -> Callable[[dict[str, Any]], np.ndarray[Any, Any]]:
+    """The Program, from arrays to logits."""
+
+    def run(batch: dict[str, Any]) -> np.ndarray[Any, Any]:
+        with torch.no_grad():
+            return np.asarray(program(**{key: torch.from_numpy(value) for key, value in batch.items()}).logits)
+
+    return run
+
+
+def of_session(running: Any) -> Callable[[dict[str, Any]], np.ndarray[Any, Any]]:
+    """ONNX Runtime, from arrays to logits."""
+    return lambda batch: np.asarray(running.run(["logits"], batch)[0])
+
+
+def compressed(traced: Program, way: str) -> Program:
+    """The program in one of :data:`WAYS`."""
+    if WAYS[way] is None:
+        return traced
+    passes = [QuantizeWeights(**GROUP), *([QuantizeActivations()] if WAYS[way] else [])]
+    return lower(Pipeline(passes)(traced))
+
+
+def score_rows(model: Path, work: Path, limit: int | None, chosen: list[str]) -> Iterator[dict[str, Any]]:
+    """Accuracy and time of the Program and of each export of it."""
+    classifier = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).eval()
+    example = torch.zeros(2, 7, dtype=torch.int64)
+    traced = Canonicalize()(trace(classifier, {"input_ids": example, "attention_mask": example + 1}))
+    sizes = {size: batches(model, size)[: limit and -(-limit // size)] for size in BATCHES}
+    for way in WAYS:
+        program = compressed(traced, way)
+        contenders = {"prequant": runner(program)}
+        for name in chosen if WAYS[way] is not None else ():
+            path = work / "sst2.onnx"
+            export_onnx(program, path, **EXPORTS[name])
+            contenders[f"ONNX Runtime, {name}"] = of_session(session(path))
+        seconds = {name: dict[int, list[float]]() for name in contenders}
+        right = dict.fromkeys(contenders, 0)
+        apart = dict.fromkeys(contenders, 0.0)
+        for size, all_batches in sizes.items():
+            for batch in all_batches:
+                feed = {name: value for name, value in batch.items() if name != "labels"}
+                reference = None
+                for name, call in contenders.items():
+                    started = time.perf_counter()
+                    logits = call(feed)
+                    seconds[name].setdefault(size, []).append(time.perf_counter() - started)
+                    if size == BATCHES[0]:
+                        right[name] += int((logits.argmax(-1) == batch["labels"]).sum())
+                        reference = logits if reference is None else reference
+                        apart[name] = max(apart[name], float(np.abs(logits - reference).max()))
+        count = sum(len(batch["labels"]) for batch in sizes[BATCHES[0]])
+        for name in contenders:
+            medians = {size: float(np.median(values)) for size, values in seconds[name].items()}
+            first = {size: float(np.median(values)) for size, values in seconds["prequant"].items()}
+            yield {
+                "weights and inputs": way,
+                "run by": name,
+                "accuracy": f"{100 * right[name] / count:.2f}",
+                "largest difference of logits": f"{apart[name]:.1e}",
+                **{f"ms, batch {size}": f"{1000 * medians[size]:.2f}" for size in BATCHES},
+                **{f"× prequant's, batch {size}": f"{medians[size] / first[size]:.2f}" for size in BATCHES},
+            }
+
+
+@app.command()
+def run(
+    model: Annotated[Path, typer.Option(help="A classifier that was fine-tuned on SST-2.")],
+    work: Annotated[Path, typer.Option(help="Where models are written.")],
+    gpt2: Annotated[Path | None, typer.Option(help="A folder with a GPT-2.")] = None,
+    llama: Annotated[Path | None, typer.Option(help="A folder with a Llama.")] = None,
+    only: Annotated[str, typer.Option(help="Files only of models whose names hold this.")] = "",
+    export: Annotated[list[str] | None, typer.Option(help="Of SST-2: " + "; ".join(EXPORTS) + ".")] = None,
+    limit: Annotated[int | None, typer.Option(help="So many sentences at most.", min=1)] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder of the results file.")] = None,
+) -> None:
+    """Measure, and write the results file."""
+    torch.set_num_threads(1)
+    if unknown := set(export or ()) - set(EXPORTS):
+        raise typer.BadParameter(f"no export is called {unknown.pop()!r}")
+    work.mkdir(parents=True, exist_ok=True)
+    files = [row for name, made in models(gpt2, llama) if only in name for row in file_rows(name, made, work)]
+    scores = list(score_rows(model, work, limit, export or list(EXPORTS)))
+    notes = """
+Files: 4-bit weights, a scale for each row, embeddings too. Differences are those of the first result of the graph
+without a cache between ONNX Runtime, computing in float32, and the simulated Program; file sizes those of the export
+with a cache (of T5 two files, each with the embedding that both read). SST-2: 4-bit weights, a scale for each group of
+64, without any training; times are medians over the batches of the development set, which all took in turn, with
+tokens padded batch by batch. ONNX Runtime rounds the inputs of what it fuses out of QDQ to 8 bits (its default), and
+those of MatMulNBits at level 4. Other jobs ran beside these: compare times within a block alone.
+"""
+    command = ["python", "tests/benchmarks/onnx_export.py", "--model", "MODEL", "--work", "DIR"]
+    command += ["--gpt2", "GPT2"] * (gpt2 is not None) + ["--llama", "LLAMA"] * (llama is not None)
+    where = {} if out is None else {"folder": out}
+    tables = {"Files": files, "SST-2": scores}
+    packages = ("onnx", "onnxscript", "onnxruntime")
+    title = "Exports to ONNX"
+    print(write("onnx_export", title, command, notes, tables, threads="1", packages=packages, **where).read_text())
+
+
+if __name__ == "__main__":
+    app()
