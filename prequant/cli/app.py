@@ -66,5 +66,18 @@ def command(name: str, summary: str) -> Callable[[F], F]:
 
 
 # Each registers its command, and imports what it works with only when it runs.
-from . import adapt, adapters, compress, evaluate, export, finetune, generate  # noqa: E402, F401
-from . import inspect, opt, passes, recipes, tasks, view  # noqa: E402, F401
+from . import (  # noqa: E402, F401
+    adapt,
+    adapters,
+    compress,
+    evaluate,
+    export,
+    finetune,
+    generate,
+    inspect,
+    opt,
+    passes,
+    recipes,
+    tasks,
+    view,
+)

@@ -20,6 +20,8 @@ class ExportFormat(str, Enum):
     """Formats by the name that ``--format`` knows them by."""
 
     ONNX = "onnx"
+    PT2 = "pt2"
+    AOTI = "aoti"
 
 
 class Style(str, Enum):
@@ -35,7 +37,35 @@ def _onnx(program: Program, out: Path, **settings: Any) -> object:
     return export_onnx(program, out, **settings).table()
 
 
-WRITERS: dict[ExportFormat, Callable[..., object]] = {ExportFormat.ONNX: _onnx}
+def _pt2(program: Program, out: Path, **settings: Any) -> object:
+    from prequant.export import export_pt2
+
+    return _written(ExportFormat.PT2, export_pt2, program, out, settings)
+
+
+def _aoti(program: Program, out: Path, **settings: Any) -> object:
+    from prequant.export import export_aoti
+
+    return _written(ExportFormat.AOTI, export_aoti, program, out, settings)
+
+
+def _written(
+    format: ExportFormat, write: Callable[[Program, Path], Path], program: Program, out: Path, settings: dict[str, Any]
+) -> str:
+    from prequant.export import ExportError
+    from prequant.measure import tensor_bytes
+
+    for name in settings:
+        raise ExportError(f"--{name.replace('_', '-')} is for --format onnx, not {format.value}")
+    written = write(program, out)
+    return f"{written}: {written.stat().st_size:,} bytes, of {tensor_bytes(program):,} bytes of tensors"
+
+
+WRITERS: dict[ExportFormat, Callable[..., object]] = {
+    ExportFormat.ONNX: _onnx,
+    ExportFormat.PT2: _pt2,
+    ExportFormat.AOTI: _aoti,
+}
 """What writes each format: from a Program, a path and those of the command's options that were given to what is shown.
 A format refuses an option that it has no use for."""
 
@@ -87,7 +117,9 @@ def export(
         typer.Option("--support", callback=_list, is_eager=True, help="Show what ONNX has a form for, and exit."),
     ] = False,
 ) -> None:
-    """Write what a folder holds as an ONNX model whose weights stay packed."""
+    """Write what a folder holds, its weights packed, as an ONNX model, a torch.export archive (pt2) or a package of
+    AOTInductor (aoti).
+    """
     from prequant.checkpoint import load
 
     given = {

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 import prequant
 from prequant.checkpoint import save
+from prequant.cli import app
 from prequant.export import ExportError, export_aoti, export_pt2
 from prequant.measure import tensor_bytes
 from prequant.passes import Canonicalize, Pipeline, Program, QuantizeActivations, QuantizeWeights, SplitOutliers, lower
@@ -70,6 +72,26 @@ def test_what_a_folder_holds_is_exported(tmp_path: Path) -> None:
     inputs = inputs_of(program, name, 2, 9)
     with torch.no_grad():
         same(loaded(**inputs), program.eval(), inputs)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    name = "bert-sequence-classification"
+    folder = save(program_of(name, lowered=True), tmp_path / "folder")
+    words = ["export", str(folder), "--format", "pt2", "--out", str(tmp_path / "model.pt2")]
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "300"})
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    path = tmp_path / "model.pt2"
+    assert (
+        f"{path.stat().st_size:,} bytes, of {tensor_bytes(prequant.load(folder)):,} bytes of tensors" in result.output
+    )
+    program = prequant.load(folder)
+    inputs = inputs_of(program, name, 2, 9)
+    with torch.no_grad():
+        same(torch.export.load(path).module()(**inputs), program, inputs)
+    refused = CliRunner().invoke(app, [*words, "--opset", "22"])
+    assert refused.exit_code != 0 and "--opset is for --format onnx, not pt2" in str(
+        refused.exception or refused.output
+    )
 
 
 def test_nothing_is_unpacked_in_an_archive(tmp_path: Path) -> None:
