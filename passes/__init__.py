@@ -9,6 +9,7 @@ from .canonicalize import Canonicalize
 from .compose_ops import ComposeOps
 from .config import ConfigError
 from .drop_layers import DropLayers
+from .example_batches import BatchError, ExampleBatches
 from .expose_outputs import ExposeOutputs
 from .freeze import Freeze
 from .fuse_epilogue import FuseEpilogue
@@ -36,6 +37,7 @@ from .train import Train
 from .weights import WeightView, weights
 
 __all__ = [
+    "BatchError",
     "BinaryCode",
     "CalibrationError",
     "Canonicalize",
@@ -45,6 +47,7 @@ __all__ = [
     "Damage",
     "DropLayers",
     "Dump",
+    "ExampleBatches",
     "ExposeOutputs",
     "Freeze",
     "FuseEpilogue",

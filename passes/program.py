@@ -409,6 +409,16 @@ def leaves(tree: OutputTree) -> Iterator[int]:
             yield from leaves(part)
 
 
+def named_results(tree: OutputTree, path: str = "") -> Iterator[tuple[str, int]]:
+    """Each result's place in the nest, ``logits`` or ``hidden_states.3``, with its index."""
+    if isinstance(tree, int):
+        yield path or "result", tree
+        return
+    parts: Any = tree.items() if isinstance(tree, dict) else enumerate(tree or ())
+    for key, part in parts:
+        yield from named_results(part, f"{path}.{key}" if path else str(key))
+
+
 def attribute_node(program: Program, name: str, before: fx.Node) -> fx.Node:
     """The one ``get_attr`` node of a tensor; made before ``before`` if there is none, moved up if it comes later."""
     for node in program.graph.find_nodes(op="get_attr", target=name):

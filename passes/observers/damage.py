@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from rich.table import Table
@@ -15,7 +14,7 @@ from torch import Tensor
 from prequant.runtime import PrequantError, sqnr
 
 from ..base import Report
-from ..program import OutputTree, Program
+from ..program import Program, named_results
 from ..text import shown
 from .base import Observer, Step
 
@@ -81,13 +80,3 @@ class Damage(Observer):
             flat = program.forward(*program.bind((), self.inputs))
         named = ((name, flat[index]) for name, index in named_results(program.signature.outputs))
         return {name: value for name, value in named if isinstance(value, Tensor) and value.is_floating_point()}
-
-
-def named_results(tree: OutputTree, path: str = "") -> Iterator[tuple[str, int]]:
-    """Each result's place in the nest, ``logits`` or ``hidden_states.3``, with its index."""
-    if isinstance(tree, int):
-        yield path or "result", tree
-        return
-    parts: Any = tree.items() if isinstance(tree, dict) else enumerate(tree or ())
-    for key, part in parts:
-        yield from named_results(part, f"{path}.{key}" if path else str(key))
