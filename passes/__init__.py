@@ -2,6 +2,7 @@
 files.
 """
 
+from .allocate_bits import AllocateBits
 from .base import Pass, PassError, Report, WeightPass
 from .binary_code import BinaryCode
 from .calibrate import CalibrationError, calibrate
@@ -37,6 +38,7 @@ from .train import Train
 from .weights import WeightView, weights
 
 __all__ = [
+    "AllocateBits",
     "BatchError",
     "BinaryCode",
     "CalibrationError",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from prequant.runtime import Granularity, Quantizer, WeightFormat, ops, sqnr
 
 from .base import PassError, Report, WeightPass
 from .program import Program
+from .sites import WeightSite
 
 
 @dataclass(frozen=True)
@@ -71,27 +72,37 @@ class QuantizeWeights(WeightPass):
 
     def run(self, program: Program) -> Report:
         """Quantize every dense weight in scope."""
-        report, quantizer = self.report(), Quantizer(self.format(), self.strategy)
+        report = self.report()
         for site in self.sites(program, report):
-            if not site.is_dense:
-                report.keep(site, f"already {site.format}")
-                continue
-            if reason := quantizer.refuses(site.dense):
+            if reason := self.refuses(site):
                 report.keep(site, reason)
                 continue
-            operands, before, columns = self._operands(quantizer, site.bulk), site.value(), site.shape[1]
-            options: dict[str, Any] = {"format": str(quantizer.format)}
-            if self.latent:
-                options |= {} if self.clipped else {"clipped": False}
-                site = site.replace(ops.fake_quantize, operands, **options)
-            else:
-                site = site.replace(ops.dequantize, operands, columns=columns, dtype=site.dense.dtype, **options)
-            how = f"{quantizer.format}, latent" if self.latent else str(quantizer.format)
+            # The scales are found before a second copy of the weight is made.
+            operands, before = self.operands(site), site.value()
+            site = self.rewritten(site, operands)
+            how = f"{site.format}, latent" if self.latent else site.format
             report.rewrite(site, how, sqnr=sqnr(before, site.value()))
         return report
 
-    def _operands(self, quantizer: Quantizer, weight: Tensor) -> dict[str, Tensor | None]:
+    def refuses(self, site: WeightSite) -> str:
+        """Why a weight is left alone; empty if it is not."""
+        if not site.is_dense:
+            return f"already {site.format}"
+        return Quantizer(self.format(), self.strategy).refuses(site.dense)
+
+    def operands(self, site: WeightSite) -> dict[str, Tensor | None]:
+        """The tensors of the new expression of a weight that :meth:`refuses` says nothing of."""
+        quantizer, weight = Quantizer(self.format(), self.strategy), site.bulk
         if not self.latent:
             return quantizer(weight)._asdict()
         scale, zero_point = quantizer.scales(weight)
         return {"latent": weight, "scale": scale, "zero_point": zero_point}
+
+    def rewritten(self, site: WeightSite, operands: dict[str, Tensor | None]) -> WeightSite:
+        """Put the expression over ``operands`` in the place of the weight; returns the site in its new form."""
+        format = str(self.format())
+        if self.latent:
+            return site.replace(
+                ops.fake_quantize, operands, format=format, **({} if self.clipped else {"clipped": False})
+            )
+        return site.replace(ops.dequantize, operands, format=format, columns=site.shape[1], dtype=site.dense.dtype)

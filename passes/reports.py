@@ -16,7 +16,12 @@ from torch import Tensor, fx
 
 from .sites import WeightSite
 
-HEADINGS = {"sqnr": "SQNR (dB)"}
+HEADINGS = {
+    "sqnr": "SQNR (dB)",
+    "alone": "alone (dB)",
+    "wider": "wider (dB)",
+    "narrower": "narrower (dB)",
+}
 """Column headings of figures whose key does not say its unit."""
 
 TEXT_WIDTH = 160

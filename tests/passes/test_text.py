@@ -8,7 +8,17 @@ import torch
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
-from prequant.passes import Option, Pass, PassTextError, Program, QuantizeWeights, Report, known_passes, parse_pass
+from prequant.passes import (
+    ExampleBatches,
+    Option,
+    Pass,
+    PassTextError,
+    Program,
+    QuantizeWeights,
+    Report,
+    known_passes,
+    parse_pass,
+)
 from prequant.passes.options import DTYPES, is_function, is_union, options_of
 from prequant.passes.text import default_text, parse_passes, shown
 from prequant.runtime import Granularity, PrequantError
@@ -76,7 +86,7 @@ SCALARS: dict[Any, st.SearchStrategy[Any]] = {
 def values(type_: Any) -> st.SearchStrategy[Any]:
     arguments = get_args(type_)
     if is_union(type_):
-        return st.one_of([values(part) for part in arguments if not is_function(part)])
+        return st.one_of([values(part) for part in arguments if not (is_function(part) or part is ExampleBatches)])
     if get_origin(type_) is Literal:
         return st.sampled_from(arguments)
     if get_origin(type_) is tuple:
