@@ -15,7 +15,7 @@ from prequant.runtime import PrequantError
 from prequant.runtime.memory import version_of
 
 from .base import Pass, PassError, Report, current_site
-from .config import Config, config_of, load_passes, passes_of
+from .config import FILE_TYPES, Config, config_of, load_passes, passes_of
 from .observers.base import Observer, Step
 from .program import Program
 from .properties import violation
@@ -60,6 +60,11 @@ class Pipeline:
     def load(cls, path: str | Path) -> Pipeline:
         """From a YAML or JSON file that holds such data. Raises :class:`ConfigError`."""
         return cls(load_passes(path))
+
+    @classmethod
+    def read(cls, text: str) -> Pipeline:
+        """From text, or from the YAML or JSON file that it names: as :meth:`parse` and :meth:`load`."""
+        return cls.load(text) if text.lower().endswith(FILE_TYPES) else cls.parse(text)
 
     def to_config(self) -> list[str | dict[str, Any]]:
         """This pipeline as data for JSON or YAML. Raises :class:`PassTextError` where an option is a function."""

@@ -24,12 +24,13 @@ def save_with_errors(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase | None,
     steps: Pipeline,
+    calibration: Path | None = None,
 ) -> None:
     """Save ``program``, and beside it a report: the error of each weight, what the passes did, settings.
 
     ``steps`` made it from ``original``, which ``source`` holds and against which errors are measured. Where that is
     compressed itself, what was recorded beside it stands for the weights that are still the same; of others it is not
-    known.
+    known. ``calibration``: the file of texts that passes measured with, if there was one.
     """
     # Where layers are dropped, others take their names: a weight is compared with what it was made of.
     dropped = [step for step in steps.passes if isinstance(step, DropLayers)]
@@ -46,7 +47,12 @@ def save_with_errors(
     content = {
         "weights": rows_to_json(rows),
         "passes": [report.to_dict() for report in program.reports],
-        "settings": {"model": str(source), "pipeline": str(steps), "versions": installed_versions()},
+        "settings": {
+            "model": str(source),
+            "pipeline": str(steps),
+            **({} if calibration is None else {"calibration": str(calibration)}),
+            "versions": installed_versions(),
+        },
     }
     with replacing(folder, is_ours) as staging:
         save(program, staging, tokenizer)

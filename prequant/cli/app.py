@@ -69,6 +69,7 @@ def command(name: str, summary: str) -> Callable[[F], F]:
 from . import (  # noqa: E402, F401
     adapt,
     adapters,
+    blame,
     compress,
     evaluate,
     export,

@@ -10,6 +10,8 @@ import typer
 from . import options
 from .app import command, show
 
+CALIBRATION_TEXTS = 256
+
 
 @command("opt", "Run any pipeline of passes over a model.")
 def opt(
@@ -28,17 +30,28 @@ def opt(
     damage: Annotated[
         bool, typer.Option("--damage", help="Show how far the outputs are from the original's after each pass.")
     ] = False,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="A file of texts, for passes that can measure with inputs (allocate-bits); 256 are drawn."),
+    ] = None,
     reports: Annotated[
         bool, typer.Option("--reports/--no-reports", help="Show what each pass changed and kept.")
     ] = True,
 ) -> None:
     """Trace MODEL (or load a folder that prequant saved), run a pipeline, and save the result."""
+    from prequant.example_texts import example_batches, with_batches
     from prequant.opt import save_with_errors
     from prequant.passes import Damage, Dump, Observer, Pipeline, Timing, Verify
-    from prequant.passes.config import FILE_TYPES
-    from prequant.sources import check_output, example_inputs_of, find_tokenizer, holds_program, load_program
+    from prequant.sources import (
+        check_output,
+        example_inputs_of,
+        find_tokenizer,
+        holds_program,
+        load_program,
+        load_tokenizer,
+    )
 
-    steps = Pipeline.load(pipeline) if pipeline.lower().endswith(FILE_TYPES) else Pipeline.parse(pipeline)
+    steps = Pipeline.read(pipeline)
     if out is not None:
         check_output(out, *(() if holds_program(model) else (model,)))
     program, tokenizer = load_program(model), find_tokenizer(model)
@@ -47,12 +60,16 @@ def opt(
         *([Damage(example_inputs_of(program, tokenizer))] if damage else []),
     ]
     watching: list[Observer] = [*([Verify()] if verify else []), *([Dump(dump)] if dump else []), *measured]
-    result = steps(program, watching)
+    given = steps
+    if calibration is not None:
+        batches = example_batches(program, load_tokenizer(model), calibration, texts=CALIBRATION_TEXTS)
+        given = with_batches(steps, batches)
+    result = given(program, watching)
     if reports:
         for report in result.reports[len(program.reports) :]:
             show(report.table(brief=True))
     for observer in measured:
         show(observer.table())
     if out is not None:
-        save_with_errors(result, program, model, out, tokenizer, steps)
+        save_with_errors(result, program, model, out, tokenizer, steps, calibration)
         show(f"saved to {out}")

@@ -24,6 +24,7 @@ from .tiny import LENGTH, make_model, make_tokenizer, save_folder, write_data
 COMMANDS = (
     "adapt",
     "adapters",
+    "blame",
     "compress",
     "eval",
     "export",
