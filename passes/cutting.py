@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 from .base import PassError
 from .blocks import is_data
 from .functional import writes
-from .program import Input, OutputTree, Program, ProgramInfo, Signature
+from .nesting import OutputTree
+from .program import Input, Program, ProgramInfo, Signature
 from .shapes import Shapes
 
 aten = torch.ops.aten

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from .base import Pass, Report
+from .nesting import leaves, nest
 from .noops import remove_dead_code
-from .program import Program, leaves, nest
+from .program import Program
 
 
 @dataclass(frozen=True)

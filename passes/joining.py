@@ -12,7 +12,8 @@ from torch import Tensor, fx
 
 from .base import PassError
 from .cutting import computed_again
-from .program import Input, OutputTree, Program, ProgramInfo, Signature
+from .nesting import OutputTree
+from .program import Input, Program, ProgramInfo, Signature
 
 aten = torch.ops.aten
 

@@ -22,7 +22,8 @@ from torch import Tensor, fx
 from prequant.runtime import PrequantError, ops
 
 from .hide_outputs import hide
-from .program import Input, OutputTree, Program, ProgramInfo, Signature
+from .nesting import OutputTree
+from .program import Input, Program, ProgramInfo, Signature
 from .shapes import propagate_shapes
 
 aten = torch.ops.aten

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from prequant.runtime import PrequantError
 
-from .program import Program, named_results
+from .nesting import named_results
+from .program import Program
 
 
 class OutputNoise:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .program import OutputTree, Program
+from .nesting import OutputTree
+from .program import Program
 
 DTYPES = {
     torch.float64: "f64",

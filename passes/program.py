@@ -10,10 +10,10 @@ from __future__ import annotations
 import functools
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,6 +22,7 @@ from prequant.runtime import PrequantError
 
 from .devices import set_device
 from .modes import set_training
+from .nesting import OutputTree, nest
 from .planned_call import enrol, planned_call
 
 if TYPE_CHECKING:
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 
     from .plan.runner import PlanRunner
     from .reports import Report
-
-OutputTree: TypeAlias = "int | list[OutputTree] | tuple[OutputTree, ...] | dict[str, OutputTree] | None"
-"""Where the flat results go: an index into them, None, or containers of these."""
 
 
 @dataclass(frozen=True)
@@ -384,39 +382,6 @@ def _with_own_code(function: Any) -> Any:
         function.__closure__,
     )
     return functools.wraps(function)(own)
-
-
-def nest(tree: OutputTree, flat: tuple[Any, ...] | list[Any]) -> Any:
-    """Put flat results into the containers of ``tree``."""
-    if tree is None:
-        return None
-    if isinstance(tree, int):
-        return flat[tree]
-    if isinstance(tree, dict):
-        return {key: nest(part, flat) for key, part in tree.items()}
-    return type(tree)(nest(part, flat) for part in tree)
-
-
-def leaves(tree: OutputTree) -> Iterator[int]:
-    """Indices in a tree, in order."""
-    if isinstance(tree, int):
-        yield tree
-    elif isinstance(tree, dict):
-        for part in tree.values():
-            yield from leaves(part)
-    elif tree is not None:
-        for part in tree:
-            yield from leaves(part)
-
-
-def named_results(tree: OutputTree, path: str = "") -> Iterator[tuple[str, int]]:
-    """Each result's place in the nest, ``logits`` or ``hidden_states.3``, with its index."""
-    if isinstance(tree, int):
-        yield path or "result", tree
-        return
-    parts: Any = tree.items() if isinstance(tree, dict) else enumerate(tree or ())
-    for key, part in parts:
-        yield from named_results(part, f"{path}.{key}" if path else str(key))
 
 
 def attribute_node(program: Program, name: str, before: fx.Node) -> fx.Node:

@@ -14,10 +14,11 @@ from torch import Tensor, fx
 from prequant.runtime import FormatError, PrequantError, Scheme, WeightFormat, ops
 
 from .linear_forms import in_the_way, products
+from .nesting import leaves
 from .noops import ASSERTIONS
 from .options import near_misses
 from .packed import PACKED_OPS, operands_of, uses_in
-from .program import Program, leaves
+from .program import Program
 from .sites import WEIGHT_OPERAND
 
 aten = torch.ops.aten

@@ -15,7 +15,7 @@ from torch.utils._pytree import TreeSpec
 from transformers.utils import ModelOutput
 
 from prequant.passes.aliasing import mutated, storage_source
-from prequant.passes.program import OutputTree
+from prequant.passes.nesting import OutputTree
 
 from .trace_errors import trace_error
 

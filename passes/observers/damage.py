@@ -14,7 +14,8 @@ from torch import Tensor
 from prequant.runtime import PrequantError, sqnr
 
 from ..base import Report
-from ..program import Program, named_results
+from ..nesting import named_results
+from ..program import Program
 from ..text import shown
 from .base import Observer, Step
 

@@ -22,7 +22,7 @@ from torch import fx
 
 from prequant.passes import Input, Signature
 from prequant.passes.modes import ATTENTION_DROPOUT
-from prequant.passes.program import OutputTree, leaves
+from prequant.passes.nesting import OutputTree, leaves
 
 from .arguments import DTYPES, decode, encode, named
 from .errors import CheckpointError

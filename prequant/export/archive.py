@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 
 from prequant.checkpoint.atomic import replacing_file
 from prequant.passes import Input, Program
-from prequant.passes.program import nest
+from prequant.passes.nesting import nest
 
 from .errors import ExportError
 

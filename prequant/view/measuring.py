@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from prequant.passes import Program
 from prequant.passes.aliasing import mutated
-from prequant.passes.program import named_results
+from prequant.passes.nesting import named_results
 from prequant.runtime import sqnr
 
 SECONDS = 1.0

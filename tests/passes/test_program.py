@@ -17,7 +17,8 @@ from prequant.passes import (
     readable,
     weight_sites,
 )
-from prequant.passes.program import attribute_node, leaves, nest
+from prequant.passes.nesting import leaves, nest
+from prequant.passes.program import attribute_node
 from prequant.runtime import PrequantError, ops
 from prequant.trace import trace
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, fx
 
 from prequant.passes import Lower, Pipeline, Program
+from prequant.passes.nesting import leaves
 from prequant.passes.packed import PackedUse, packed_weight_name, uses_in
-from prequant.passes.program import leaves
 from prequant.passes.weights import WeightView, weights
 from prequant.runtime import Granularity, Scheme, WeightFormat, ops
 

@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 
 from prequant.passes import Damage, PassError, Pipeline, Program, QuantizeWeights, Signature, weight_sites
-from prequant.passes.program import OutputTree
+from prequant.passes.nesting import OutputTree
 
 from ..support import mlp_inputs, tiny_mlp, tiny_mlp_program
 from ..toys import Do, Nothing
