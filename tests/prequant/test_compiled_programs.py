@@ -1,5 +1,6 @@
 """Programs through ``torch.compile``: one graph for all lengths, the same results, the plan where there is one."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,9 +26,10 @@ def fresh() -> Iterator[None]:
 
 
 def program_of(name: str, kind: str) -> Program:
-    program = traced(name)
+    """With tensors of its own, to be trained and written to."""
+    program = copy.deepcopy(traced(name))
     if kind == "traced":
-        return program.copy()
+        return program
     if kind == "latent":
         passes = [Canonicalize(), QuantizeWeights(bits=4, latent=True), QuantizeActivations(bits=8)]
         return Pipeline(passes)(program)
