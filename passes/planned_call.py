@@ -27,11 +27,12 @@ _library.define("planned_call(str key, Tensor[] inputs) -> Tensor[]", tags=(torc
 _programs: WeakValueDictionary[str, Program] = WeakValueDictionary()
 
 
-def enrol(program: Program) -> str:
-    """A key by which the operator finds the Program. No other has it, in any process: compilers keep what they made of
+def enrol(program: Program, serial: uuid.UUID, code: str) -> str:
+    """A key by which the operator finds the Program while its graph has this ``code``: the same again after a switch of
+    modes and back. With the ``serial`` of one Program no other has it, in any process: compilers keep what they made of
     it on disk.
     """
-    key = uuid.uuid4().hex
+    key = uuid.uuid5(serial, code).hex
     _programs[key] = program
     return key
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import types
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -212,9 +213,11 @@ class Program(fx.GraphModule):
         code = super().recompile()
         # Not fx's own, which explains errors in ways that a compiler trips over. torch.compile gives up on a code
         # object that it has compiled eight times: every Program has its own.
-        kind = cast(Any, type(self))
+        kind, text = cast(Any, type(self)), str(self._code)
         kind.__call__ = _own_call(kind, self.written_class)
-        self._key = enrol(self)
+        # The same text is the same function: a compiler knows both modes of a Program after it has seen each once.
+        kind.forward = self.__dict__.setdefault("_forwards", {}).setdefault(text, kind.forward)
+        self._key = enrol(self, self.__dict__.setdefault("_serial", uuid.uuid4()), text)
         if self._code != before:
             self.drop_plan()
         return code

@@ -130,7 +130,7 @@ def program_of(module: fx.GraphModule) -> Program:
         graph.output(tuple(results))
     placeholders = graph.find_nodes(op="placeholder")
     inputs = tuple(_input(node) for node in placeholders)
-    info = ProgramInfo(Signature(inputs, tuple(range(len(results)))), extra={})
+    info = ProgramInfo(Signature(inputs, tuple(range(len(results)))))
     return Program(module, graph, info).eval()
 
 

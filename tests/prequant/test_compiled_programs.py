@@ -142,6 +142,19 @@ def test_the_plan_sees_weights_that_changed() -> None:
     assert counter.frame_count == 1
 
 
+def test_modes_are_compiled_once_each() -> None:
+    program, counter = program_of("bert-sequence-classification", "lowered"), CompileCounter()
+    inputs = FAMILIES["bert-sequence-classification"]().make_inputs(2, 9)
+    ours = compiled(program, counter)
+    with torch.no_grad():
+        for _ in range(3):
+            program.train()
+            ours(**inputs)
+            program.eval()
+            assert torch.equal(ours(**inputs).logits, program(**inputs).logits)
+    assert counter.frame_count == 2
+
+
 def test_shapes_of_planned_results_follow_the_inputs() -> None:
     program = program_of("gpt2-causal-lm", "lowered")
     ours, make_inputs = compiled(program, "aot_eager"), FAMILIES["gpt2-causal-lm"]().make_inputs

@@ -65,3 +65,14 @@ class Builder:
 
 def _narrow(array: Array, dtype: ir.DataType, name: str) -> ir.TensorProtocol:
     return ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
+
+
+def rank_of(value: ir.Value) -> int:
+    """Dimensions of a value that the exporter gave a shape."""
+    assert value.shape is not None
+    return len(value.shape)
+
+
+def stored(builder: Builder, name: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
+    """An initializer that several nodes may read."""
+    return builder.stored(name) or builder.store(name, array, dtype)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from .builder import Array, Builder
+from .builder import Builder, rank_of, stored
 from .grid import Grid
 
 
 def corrected_linear(builder: Builder, grid: Grid, input: ir.Value, result: ir.Value) -> ir.Value:
     """``result`` ``[..., rows]`` with what offsets and outliers of the weight add to a product with ``input``."""
     if grid.offset is not None:
-        offset = _stored(builder, f"{grid.name}.offset", grid.offset)
+        offset = stored(builder, f"{grid.name}.offset", grid.offset)
         sums = _group_sums(builder, grid, input)
         added = builder.op("MatMul", sums, builder.op("Transpose", offset, perm=[1, 0]))
         result = builder.op("Add", result, added)
@@ -21,14 +21,10 @@ def corrected_linear(builder: Builder, grid: Grid, input: ir.Value, result: ir.V
     return result
 
 
-def _stored(builder: Builder, name: str, array: Array) -> ir.Value:
-    return builder.stored(name) or builder.store(name, array)
-
-
 def _group_sums(builder: Builder, grid: Grid, input: ir.Value) -> ir.Value:
     """Sums of the input over each group, ``[..., groups]``."""
     assert grid.offset is not None
-    rank, groups = _rank(input), grid.offset.shape[1]
+    rank, groups = rank_of(input), grid.offset.shape[1]
     if groups == 1:
         return builder.sum(input, -1, keepdims=True)
     if padding := groups * grid.group - grid.columns:
@@ -37,20 +33,15 @@ def _group_sums(builder: Builder, grid: Grid, input: ir.Value) -> ir.Value:
     return builder.sum(builder.reshape(input, [0] * (rank - 1) + [groups, grid.group]), -1)
 
 
-def _rank(value: ir.Value) -> int:
-    assert value.shape is not None
-    return len(value.shape)
-
-
 # ---- outliers ------------------------------------------------------------------------------------------------------
 
 
 def _csr(builder: Builder, grid: Grid) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Values float32, columns int64, row offsets int64. They are stored as narrow as the Program has them."""
     assert grid.outliers is not None
-    values = _stored(builder, f"{grid.name}.outliers.values", grid.outliers.values)
-    columns = _stored(builder, f"{grid.name}.outliers.columns", grid.outliers.columns)
-    offsets = _stored(builder, f"{grid.name}.outliers.row_offsets", grid.outliers.row_offsets)
+    values = stored(builder, f"{grid.name}.outliers.values", grid.outliers.values)
+    columns = stored(builder, f"{grid.name}.outliers.columns", grid.outliers.columns)
+    offsets = stored(builder, f"{grid.name}.outliers.row_offsets", grid.outliers.row_offsets)
     if grid.outliers.values.dtype != np.float32:
         values = builder.op("Cast", values, to=ir.DataType.FLOAT)
     columns, offsets = (builder.op("Cast", part, to=ir.DataType.INT64) for part in (columns, offsets))
@@ -94,9 +85,9 @@ def _from(builder: Builder, start: int) -> tuple[ir.Value, ir.Value, ir.Value]:
 def corrected_rows(builder: Builder, grid: Grid, ids: ir.Value, result: ir.Value) -> ir.Value:
     """``result`` ``[..., columns]``, the rows ``ids`` of the codes, with what offsets and outliers add to them."""
     if grid.offset is not None:
-        offset = _stored(builder, f"{grid.name}.offset", grid.offset)
+        offset = stored(builder, f"{grid.name}.offset", grid.offset)
         taken = builder.op("Gather", offset, ids, axis=0)
-        result = builder.op("Add", result, spread(builder, taken, _rank(ids), grid))
+        result = builder.op("Add", result, spread(builder, taken, rank_of(ids), grid))
     if grid.outliers is not None:
         result = _with_outliers(builder, grid, ids, result)
     return result

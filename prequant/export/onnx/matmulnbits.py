@@ -17,9 +17,9 @@ import onnx_ir as ir
 from prequant.passes.weights import WeightView
 from prequant.runtime import WeightFormat
 
-from .builder import Builder
+from .builder import Builder, rank_of, stored
 from .grid import Array, Grid, groups_of, packed_codes
-from .styles import Style, StyleName, of_planes, rank_of, stored
+from .styles import Style, StyleName, of_planes
 
 DOMAIN = "com.microsoft"
 BLOCKS = (256, 128, 64, 32, 16)

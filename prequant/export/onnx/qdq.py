@@ -17,10 +17,10 @@ import onnx_ir as ir
 from prequant.passes.weights import WeightView
 from prequant.runtime import WeightFormat
 
-from .builder import Builder
+from .builder import Builder, rank_of, stored
 from .corrections import spread
 from .grid import Array, Grid, packed_codes
-from .styles import Style, StyleName, of_planes, rank_of, stored
+from .styles import Style, StyleName, of_planes
 
 TWO_BIT_OPSET = 25
 """The first with int2 and uint2."""

@@ -87,17 +87,6 @@ def _beside(grid: Grid) -> str:
     return offset + (" + sparse outliers" if grid.outliers is not None else "")
 
 
-def rank_of(value: ir.Value) -> int:
-    """Dimensions of a value that the exporter gave a shape."""
-    assert value.shape is not None
-    return len(value.shape)
-
-
-def stored(builder: Builder, name: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
-    """An initializer that several nodes may read."""
-    return builder.stored(name) or builder.store(name, array, dtype)
-
-
 def of_planes(builder: Builder, grid: Grid, ids: ir.Value) -> ir.Value:
     """Ids in a table of all planes, one below the other: ``[*ids.shape, planes]``."""
     starts = builder.constant([plane * grid.rows for plane in range(grid.planes)])
