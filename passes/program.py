@@ -172,7 +172,7 @@ class Program(fx.GraphModule):
                     return planned_call(self._key, inputs)
             elif (runner := self.runner) is not None and (plan := runner.plan(self, inputs)) is not None:
                 return plan(*inputs)
-        return cast("tuple[Any, ...]", super().__call__(*inputs))
+        return cast("tuple[Any, ...]", fx.GraphModule._call_impl(self, *inputs))
 
     @staticmethod
     def _is_called_by_plan(inputs: tuple[Tensor, ...]) -> bool:
@@ -215,6 +215,7 @@ class Program(fx.GraphModule):
         # object that it has compiled eight times: every Program has its own.
         kind, text = cast(Any, type(self)), str(self._code)
         kind.__call__ = _own_call(kind, self.written_class)
+        kind._call_impl = kind.__call__  # by which a compiled function calls any fx module
         # The same text is the same function: a compiler knows both modes of a Program after it has seen each once.
         kind.forward = self.__dict__.setdefault("_forwards", {}).setdefault(text, kind.forward)
         self._key = enrol(self, self.__dict__.setdefault("_serial", uuid.uuid4()), text)

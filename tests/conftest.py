@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,14 @@ def reproducible() -> Iterator[None]:
     torch.set_num_threads(THREADS)
     with torch.enable_grad():
         yield
+
+
+@pytest.fixture(autouse=True)
+def shared_models_are_left_alone() -> Iterator[None]:
+    """A test that writes into a model that others share fails itself, and not one that comes after it."""
+    yield
+    if models := sys.modules.get(f"{__package__}.models"):  # importing it would import transformers for every test
+        assert not (changed := models.written_into()), f"the test wrote into shared models: {', '.join(changed)}"
 
 
 @pytest.fixture

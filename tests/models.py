@@ -175,7 +175,22 @@ def random_inputs(model: PreTrainedModel, batch: int, length: int, padded: bool 
 def _family(prefix: str, head: str) -> Family:
     model = small_model(prefix, head)
     make_inputs = partial(random_inputs, model)
+    _untouched[f"{prefix}{head}"] = (model, _versions(model))
     return Family(model, make_inputs(1, 4), make_inputs)
+
+
+_untouched: dict[str, tuple[PreTrainedModel, tuple[int, ...]]] = {}
+
+
+def _versions(model: PreTrainedModel) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in (*model.parameters(), *model.buffers()))
+
+
+def written_into() -> list[str]:
+    """The shared models whose tensors have been written to since this was last asked for: other tests would see it."""
+    found = {name: _versions(model) for name, (model, before) in _untouched.items() if _versions(model) != before}
+    _untouched.update({name: (_untouched[name][0], versions) for name, versions in found.items()})
+    return list(found)
 
 
 FAMILIES: dict[str, Callable[[], Family]] = {

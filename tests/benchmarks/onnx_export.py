@@ -1,9 +1,8 @@
-"""Exports to ONNX: how near ONNX Runtime's results are to the Program's, how large the files are, and SST-2 in both.
+"""Exports to ONNX over SST-2: accuracy and time of ONNX Runtime beside those of the Program.
 
-Models with 4-bit weights, by row, in both styles; then a classifier that was fine-tuned on SST-2 (``prequant finetune``
-makes one), compressed without training, over the sentences of the development set (PREQUANT_DATA). All on one thread;
-Program and ONNX Runtime take the batches in turn. ``--gpt2`` and ``--llama`` take folders of real decoders; without
-them, random ones stand in::
+A classifier that was fine-tuned on SST-2 (``prequant finetune`` makes one), compressed without training, reads the
+sentences of the development set (PREQUANT_DATA). All on one thread; Program and ONNX Runtime take the batches in
+turn::
 
     python tests/benchmarks/onnx_export.py --model FINE-TUNED --work DIR
 """
@@ -18,92 +17,29 @@ from typing import Annotated, Any
 import numpy as np
 import onnxruntime
 import torch
-import transformers
 import typer
-from results_file import data_folder, encoder_folder, write  # type: ignore[import-not-found]
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from results_file import data_folder, write  # type: ignore[import-not-found]
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from prequant.export import export_onnx
-from prequant.measure import tensor_bytes
 from prequant.passes import Canonicalize, Pipeline, Program, QuantizeActivations, QuantizeWeights, lower
 from prequant.runtime import Granularity
 from prequant.tasks import task
 from prequant.trace import trace
 
-SEED, LENGTH, BATCHES = 42, 24, (1, 32)
-STYLES = ("qdq", "matmulnbits")
+BATCHES = (1, 32)
 GROUP: dict[str, Any] = {"granularity": Granularity.GROUP, "group_size": 64}
 
 app = typer.Typer(add_completion=False)
 
 
-def session(path: Path, exact: bool = False) -> Any:
-    """ONNX Runtime on one thread. ``exact``: what it fuses out of QDQ itself computes in float32, too."""
+def session(path: Path) -> Any:
+    """ONNX Runtime on one thread."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    if exact:
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
-
-# ---- files ---------------------------------------------------------------------------------------------------------
-
-
-def models(gpt2: Path | None, llama: Path | None) -> Iterator[tuple[str, Any]]:
-    """Real ones where there are any, else of a real one's shape but smaller."""
-    torch.manual_seed(SEED)
-    yield "all-MiniLM-L6-v2", AutoModel.from_pretrained(encoder_folder(), dtype=torch.float32)
-    if gpt2 is not None:
-        yield f"GPT-2, {gpt2.name}", AutoModelForCausalLM.from_pretrained(gpt2, dtype=torch.float32)
-    else:
-        config: Any = transformers.GPT2Config(n_layer=4, n_embd=256, n_head=4, vocab_size=8000)
-        yield "GPT-2, random", transformers.GPT2LMHeadModel(config)
-    sizes: dict[str, Any] = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 8000}
-    config = transformers.OPTConfig(**sizes, ffn_dim=1024, word_embed_proj_dim=256)
-    yield "OPT, random", transformers.OPTForCausalLM(config)
-    if llama is not None:
-        yield f"Llama, {llama.name}", AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    else:
-        yield "Llama, random", transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, intermediate_size=768))
-    config = transformers.T5Config(vocab_size=8000, d_model=256, d_kv=64, d_ff=1024, num_layers=4, num_heads=4)
-    config.decoder_start_token_id = 0
-    yield "T5, random", transformers.T5ForConditionalGeneration(config)
-
-
-def file_rows(name: str, model: Any, work: Path) -> Iterator[dict[str, Any]]:
-    """A row for each style: the graph without a cache against the Program, and the file that a user gets."""
-    vocabulary = model.config.vocab_size
-    ids = torch.randint(3, vocabulary, (2, LENGTH), generator=torch.Generator().manual_seed(SEED))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids[:, :9]
-    program = Pipeline([Canonicalize(), QuantizeWeights()])(trace(model.eval(), inputs))
-    packed = lower(program)
-    with torch.no_grad():
-        expected = next(iter(program(**inputs).values())).numpy()
-    path = work / "model.onnx"
-    for style in STYLES:
-        export_onnx(packed, path, style=style, cache=False)  # type: ignore[arg-type]
-        found = session(path, exact=True).run(None, {key: value.numpy() for key, value in inputs.items()})[0]
-        started = time.perf_counter()
-        written = export_onnx(packed, path, style=style)  # type: ignore[arg-type]
-        seconds = time.perf_counter() - started
-        bytes = tensor_bytes(packed)
-        yield {
-            "model": name,
-            "style": style,
-            "largest difference": f"{np.abs(found - expected).max():.1e}",
-            "standard deviation": f"{expected.std():.2f}",
-            "packed tensors, bytes": f"{bytes:,}",
-            "file, bytes": f"{written.bytes:,}",
-            "file / packed": f"{written.bytes / bytes:.4f}",
-            "files": len([file for file in written.files if file.suffix == ".onnx"]),
-            "export, s": f"{seconds:.1f}",
-        }
-
-
-# ---- SST-2 ---------------------------------------------------------------------------------------------------------
 
 WAYS = {"float32": None, "4-bit weights": False, "4-bit weights, 8-bit inputs": True}
 """Whether inputs are quantized; None for the model as it is."""
@@ -200,10 +136,7 @@ def score_rows(model: Path, work: Path, limit: int | None, chosen: list[str]) ->
 def run(
     model: Annotated[Path, typer.Option(help="A classifier that was fine-tuned on SST-2.")],
     work: Annotated[Path, typer.Option(help="Where models are written.")],
-    gpt2: Annotated[Path | None, typer.Option(help="A folder with a GPT-2.")] = None,
-    llama: Annotated[Path | None, typer.Option(help="A folder with a Llama.")] = None,
-    only: Annotated[str, typer.Option(help="Files only of models whose names hold this.")] = "",
-    export: Annotated[list[str] | None, typer.Option(help="Of SST-2: " + "; ".join(EXPORTS) + ".")] = None,
+    export: Annotated[list[str] | None, typer.Option(help="; ".join(EXPORTS) + ".")] = None,
     limit: Annotated[int | None, typer.Option(help="So many sentences at most.", min=1)] = None,
     out: Annotated[Path | None, typer.Option(help="The folder of the results file.")] = None,
 ) -> None:
@@ -212,22 +145,17 @@ def run(
     if unknown := set(export or ()) - set(EXPORTS):
         raise typer.BadParameter(f"no export is called {unknown.pop()!r}")
     work.mkdir(parents=True, exist_ok=True)
-    files = [row for name, made in models(gpt2, llama) if only in name for row in file_rows(name, made, work)]
     scores = list(score_rows(model, work, limit, export or list(EXPORTS)))
     notes = """
-Files: 4-bit weights, a scale for each row, embeddings too. Differences are those of the first result of the graph
-without a cache between ONNX Runtime, computing in float32, and the simulated Program; file sizes those of the export
-with a cache (of T5 two files, each with the embedding that both read). SST-2: 4-bit weights, a scale for each group of
-64, without any training; times are medians over the batches of the development set, which all took in turn, with
-tokens padded batch by batch. ONNX Runtime rounds the inputs of what it fuses out of QDQ to 8 bits (its default), and
-those of MatMulNBits at level 4. Other jobs ran beside these: compare times within a block alone.
+4-bit weights, a scale for each group of 64, without any training; times are medians over the batches of the
+development set, which all took in turn, with tokens padded batch by batch. ONNX Runtime rounds the inputs of what it
+fuses out of QDQ to 8 bits (its default), and those of MatMulNBits at level 4.
 """
     command = ["python", "tests/benchmarks/onnx_export.py", "--model", "MODEL", "--work", "DIR"]
-    command += ["--gpt2", "GPT2"] * (gpt2 is not None) + ["--llama", "LLAMA"] * (llama is not None)
     where = {} if out is None else {"folder": out}
-    tables = {"Files": files, "SST-2": scores}
+    tables = {"SST-2": scores}
     packages = ("onnx", "onnxscript", "onnxruntime")
-    title = "Exports to ONNX"
+    title = "Exports to ONNX on SST-2"
     print(write("onnx_export", title, command, notes, tables, threads="1", packages=packages, **where).read_text())
 
 

@@ -234,7 +234,7 @@ def test_calls_return_what_they_returned() -> None:
 
 
 def test_a_student_is_trained_frozen_lowered_and_saved_without_them(tmp_path: Path) -> None:
-    plain = traced("bert-masked-lm")
+    plain = copy.deepcopy(traced("bert-masked-lm"))
     inputs = FAMILIES["bert-masked-lm"]().make_inputs(3, 8, padded=True)
     expose = ExposeOutputs(hidden_states=True, attention_scores=True)
     teacher = exposed(expose(plain), inputs)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from prequant.passes import Canonicalize, Pipeline, Program, QuantizeActivations, QuantizeWeights, SplitOutliers, lower
@@ -61,6 +61,26 @@ def test_one_graph_serves_all_lengths(name: str, kind: str) -> None:
         for found, wanted in zip(floats(ours(**inputs)), floats(program(**inputs)), strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     assert counter.frame_count == 1
+
+
+class Scaled(nn.Module):
+    """A module of the user's own around a Program."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.inner = program
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        return 2 * self.inner(**inputs).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["bert-sequence-classification", "gpt2-causal-lm"])
+def test_a_compiled_function_that_calls_a_program_gets_the_models_output(name: str, kind: str) -> None:
+    program, inputs = program_of(name, kind), FAMILIES[name]().make_inputs(2, 7)
+    expected = 2 * program(**inputs).logits
+    for caller in (Scaled(program), lambda **given: 2 * program(**given).logits):
+        torch.testing.assert_close(compiled(caller, CompileCounter())(**inputs), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
