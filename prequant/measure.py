@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import math
@@ -27,6 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prequant.quiet import no_progress_bars
+from prequant.runtime.memory import return_freed_memory
 
 
 class PeakMemory:
@@ -54,7 +54,7 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
-        _return_freed_memory()
+        return_freed_memory()
         self.before = self.bytes = self._process.memory_info().rss
         self._thread.start()
         return self
@@ -72,12 +72,6 @@ class PeakMemory:
 
     def _sample(self) -> None:
         self.bytes = max(self.bytes, self._process.memory_info().rss)
-
-
-def _return_freed_memory() -> None:
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(ctypes.c_size_t(0))
 
 
 def tensor_bytes(model: nn.Module) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
 import sys
 import threading
 from collections.abc import Iterable
@@ -45,6 +46,13 @@ def aligned_bytes(count: int) -> Tensor:
         memory, alignment = torch.frombuffer(private, dtype=torch.uint8), LARGE_PAGE
     start = -memory.data_ptr() % alignment
     return memory[start : start + count]
+
+
+def return_freed_memory() -> None:
+    """Let the system have what was freed, as far as the C library knows how to (glibc's ``malloc_trim``)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 class Pool:

@@ -77,10 +77,10 @@ def models(gpt2: Path | None, llama: Path | None) -> dict[str, Callable[[], Any]
     read = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
     return {
         "all-MiniLM-L6-v2": partial(AutoModel.from_pretrained, encoder_folder(), dtype=torch.float32),
-        **({f"GPT-2 ({gpt2.name})": partial(read, gpt2)} if gpt2 else {"GPT-2": partial(_random, wide, "GPT2LMHead")}),
+        **({f"GPT-2, {gpt2.name}": partial(read, gpt2)} if gpt2 else {"GPT-2": partial(_random, wide, "GPT2LMHead")}),
         "OPT": partial(_random, opt, "OPTForCausalLM"),
         **(
-            {f"Llama ({llama.name})": partial(read, llama)}
+            {f"Llama, {llama.name}": partial(read, llama)}
             if llama
             else {"Llama": partial(_random, gated, "LlamaForCausalLM")}
         ),
