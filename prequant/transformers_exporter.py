@@ -101,7 +101,7 @@ class PrequantRunner(DynamoModelRunner):
         return cls(module if device is None else module.to(device), metadata)
 
     def __call__(self, share_inputs: bool = True, share_outputs: bool = False, **kwargs: Any) -> Any:
-        """Call with the model's arguments; returns what the model does. Raises ``TypeError`` for one that is missing."""
+        """Call with the model's arguments; returns what it does. Raises ``TypeError`` for one that is missing."""
         given = {**self.metadata.in_constants, **kwargs}
         if missing := [name for name in self.traced_kwarg_order if name not in given]:
             raise TypeError(f"input {missing[0]!r} is missing; the export takes {', '.join(self.traced_kwarg_order)}")

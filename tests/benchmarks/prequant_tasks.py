@@ -12,7 +12,7 @@ one thread (OMP_NUM_THREADS=1)::
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -32,16 +32,38 @@ from prequant.training import TrainingSettings, finetune
 from prequant.training.precision import Precision
 
 SEED, BATCH = 42, 32
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where a task's data are, how many tokens are read, what training computes products in (in bfloat16 long texts
+    take half the time, short ones the same), and peak rates: of all weights, of LoRA and its head, of PreQuant and its
+    head.
+    """
+
+    place: str
+    length: int = 128
+    precision: Precision = "float32"
+    all_weights: float = 1e-4
+    lora: tuple[float, float] = (5e-4, 5e-4)
+    prequant: tuple[float, float] = (1.5e-3, 1e-3)
+
+    @property
+    def data(self) -> str:
+        """What ``--data`` would say."""
+        return self.place.replace("{}", str(data_folder())) if "=" in self.place else str(data_folder() / self.place)
+
+
 SQUAD = "train={}/squad/train_subset.parquet,validation={}/squad/validation.parquet"
-TASKS: dict[str, tuple[str, int, Precision]] = {
-    "sst2": ("glue/SST-2", 128, "float32"),
-    "cola": ("glue/CoLA", 128, "float32"),
-    "stsb": ("glue/STS-B", 128, "float32"),
-    "squad": (SQUAD, 256, "bfloat16"),
+TASKS = {
+    "sst2": Setup("glue/SST-2"),
+    "cola": Setup("glue/CoLA"),
+    "stsb": Setup("glue/STS-B"),
+    "squad": Setup(SQUAD, 256, "bfloat16", lora=(1e-3, 3e-3), prequant=(6e-3, 6e-3)),
 }
-"""Where the data of each task are, how many tokens are read, and what training computes products in: in bfloat16 long
-texts take half the time, short ones the same."""
 OUTLIERS = 0.0125
+BIAS_RATES = (6e-3, 3e-3)
+"""Of biases and head where they train alone: at the rates of all parts they learn nothing."""
 LORA_RANK = 12
 """On the projections of all attention layers: about as many numbers as PreQuant trains of this model."""
 
@@ -50,21 +72,15 @@ Work = Annotated[Path, typer.Option(help="Where models are kept.")]
 Steps = Annotated[int, typer.Option(help=f"Of every row that trains, of {BATCH} examples each.", min=1)]
 
 
-def data_of(name: str) -> str:
-    """What ``--data`` would say."""
-    place, _, _ = TASKS[name]
-    return place.replace("{}", str(data_folder())) if "=" in place else str(data_folder() / place)
-
-
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
 def fp32(name: str, work: Path, steps: int) -> dict[str, Any]:
     """All weights fine-tuned in float32."""
     folder, of = work / f"{name}-fp32-model", task(name)
-    budget = TrainingSettings(batch_size=BATCH, max_steps=steps, seed=SEED, precision=TASKS[name][2])
-    settings = replace(budget, learning_rate=1e-4)
-    score = finetune_baseline(encoder_folder(), of, data_of(name), folder, settings, max_length=TASKS[name][1])
+    budget = TrainingSettings(batch_size=BATCH, max_steps=steps, seed=SEED, precision=TASKS[name].precision)
+    settings = replace(budget, learning_rate=TASKS[name].all_weights)
+    score = finetune_baseline(encoder_folder(), of, TASKS[name].data, folder, settings, max_length=TASKS[name].length)
     model, _ = load_for(folder, of, SEED)
     return _row(score.scores, sum(p.numel() for p in model.parameters()), weight_bytes(folder), asdict(settings))
 
@@ -73,18 +89,21 @@ def coded(bits: int, name: str, work: Path, steps: int) -> dict[str, Any]:
     """What was fine-tuned in float32, quantized without data."""
     out, recipe = work / f"{name}-ptq-{bits}-model", PreQuant(bits=bits, outlier_ratio=OUTLIERS, train=())
     source = work / f"{name}-fp32-model"
-    report = compress(source, recipe, task(name), data_of(name), out, baseline=NONE, max_length=TASKS[name][1])
+    report = compress(source, recipe, task(name), TASKS[name].data, out, baseline=NONE, max_length=TASKS[name].length)
     return _row(report.compressed.scores, 0, weight_bytes(out), None)
 
 
-def tuned(slug: str, options: dict[str, Any], name: str, work: Path, steps: int) -> dict[str, Any]:
-    """PreQuant; ``slug`` names the folder."""
+def tuned(
+    slug: str, options: dict[str, Any], name: str, work: Path, steps: int, rates: tuple[float, float] | None = None
+) -> dict[str, Any]:
+    """PreQuant; ``slug`` names the folder, ``rates`` are others than the task's."""
     recipe = PreQuant(outlier_ratio=OUTLIERS, **options)
-    training = replace(recipe.training, batch_size=BATCH, max_steps=steps, seed=SEED, precision=TASKS[name][2])
-    recipe = replace(recipe, training=training)
-    out, adapter, length = work / f"{name}-{slug}-model", work / f"{name}-{slug}.safetensors", TASKS[name][1]
+    rate, head_rate = rates or TASKS[name].prequant
+    budget = replace(recipe.training, batch_size=BATCH, max_steps=steps, seed=SEED, precision=TASKS[name].precision)
+    recipe = replace(recipe, training=replace(budget, learning_rate=rate, head_learning_rate=head_rate))
+    out, adapter, length = work / f"{name}-{slug}-model", work / f"{name}-{slug}.safetensors", TASKS[name].length
     report = compress(
-        encoder_folder(), recipe, task(name), data_of(name), out, baseline=NONE, adapter=adapter, max_length=length
+        encoder_folder(), recipe, task(name), TASKS[name].data, out, baseline=NONE, adapter=adapter, max_length=length
     )
     row = _row(report.compressed.scores, report.compressed.trainable, weight_bytes(out), asdict(recipe.training))
     return {**row, "own": adapter.stat().st_size}
@@ -94,7 +113,7 @@ def lora(bits: int, name: str, work: Path, steps: int) -> dict[str, Any]:
     """LoRA by the library peft on the model that PreQuant starts from."""
     from peft import LoraConfig, get_peft_model
 
-    of, tokenizer, (_, length, precision) = task(name), load_tokenizer(encoder_folder()), TASKS[name]
+    of, tokenizer, setup = task(name), load_tokenizer(encoder_folder()), TASKS[name]
     model, _ = load_for(encoder_folder(), of, SEED, tokenizer)
     head = head_of(model, of)
     original = canonical_program(model, tokenizer)
@@ -102,20 +121,21 @@ def lora(bits: int, name: str, work: Path, steps: int) -> dict[str, Any]:
     folder = save(recipe.finish()(recipe.prepare(original, head)(original)), work / f"{name}-base-{bits}", tokenizer)
     base = AUTO_CLASSES[of.kind].from_pretrained(folder)
     modules = sorted({key.partition(".")[0] for key in head})
-    budget = TrainingSettings(batch_size=BATCH, max_steps=steps, seed=SEED, dropout=False, precision=precision)
-    settings = replace(budget, learning_rate=5e-4, weight_decay=0.0)
+    rate, head_rate = setup.lora
+    budget = TrainingSettings(batch_size=BATCH, max_steps=steps, seed=SEED, dropout=False, precision=setup.precision)
+    settings = replace(budget, learning_rate=rate, head_learning_rate=head_rate, weight_decay=0.0)
     torch.manual_seed(SEED)
     targets = ["query", "key", "value", "attention.output.dense"]
     own: Any = get_peft_model(
         base, LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=targets, modules_to_save=modules)
     )
     trained = sum(p.numel() for p in own.parameters() if p.requires_grad)
-    rows = of.load(data_of(name))
-    train = of.encode(rows["train"], tokenizer, length)
+    rows = of.load(TASKS[name].data)
+    train = of.encode(rows["train"], tokenizer, setup.length)
     heads = [key for key, p in own.named_parameters() if p.requires_grad and "lora_" not in key]
     finetune(own, train, of.collator(tokenizer), settings, heads)
     own.save_pretrained(work / f"{name}-lora-{bits}")
-    score = of.evaluate(own, rows["validation"], tokenizer, Limits(length))
+    score = of.evaluate(own, rows["validation"], tokenizer, Limits(setup.length))
     size = weight_bytes(work / f"{name}-lora-{bits}")
     return {**_row(score.scores, trained, weight_bytes(folder), asdict(settings)), "own": size}
 
@@ -131,7 +151,7 @@ ROWS: dict[str, Callable[[str, Path, int], dict[str, Any]]] = {
     **{f"PreQuant, {bits} bits": partial(tuned, f"prequant-{bits}", {"bits": bits}) for bits in (4, 3)},
     "random weights in the place of outliers, 4 bits": partial(tuned, "random", {"outlier_choice": "random"}),
     "outliers alone, 4 bits": partial(tuned, "outliers", {"train": ("outliers", "head")}),
-    "biases alone, 4 bits": partial(tuned, "biases", {"train": ("biases", "head")}),
+    "biases alone, 4 bits": partial(tuned, "biases", {"train": ("biases", "head")}, rates=BIAS_RATES),
     "layer norms alone, 4 bits": partial(tuned, "norms", {"train": ("layer-norms", "head")}),
 }
 

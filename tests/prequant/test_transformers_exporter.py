@@ -66,7 +66,7 @@ def test_its_own_format_runs_by_a_plan(tmp_path: Path) -> None:
     runner = runner_of(exported(BERT, "prequant", tmp_path))
     assert isinstance(runner, PrequantRunner)
     assert runner.program.runner is not None and not runner.program.runner.obstacle
-    with pytest.raises(TypeError, match="input 'input_ids' is missing; the export takes .*attention_mask"):
+    with pytest.raises(TypeError, match=r"input 'input_ids' is missing; the export takes .*attention_mask"):
         runner(attention_mask=torch.ones(2, 5, dtype=torch.int64))
     assert json.loads((tmp_path / "export.json").read_text())["export_format"] == "prequant"
 
