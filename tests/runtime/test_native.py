@@ -56,6 +56,13 @@ def test_the_instruction_set_agrees_with_the_operating_system() -> None:
         assert native.detected_isa() == expected
 
 
+def test_the_library_gives_nothing_but_its_own() -> None:
+    """It has the C++ runtime in it; a program that links to it has its own, which must not be mixed with that."""
+    if native.available():
+        for name in ("__gxx_personality_v0", "__cxa_throw", "_Unwind_RaiseException", "_Znwm"):
+            assert not hasattr(native.load(), name), name
+
+
 @pytest.mark.usefixtures("fresh")
 def test_a_missing_library_is_no_error_until_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "find_library", lambda: None)
