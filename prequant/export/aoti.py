@@ -8,10 +8,13 @@ from pathlib import Path
 import torch
 
 from prequant.passes import Program
+from prequant.passes.nesting import named_results
 
 from .archive import exported, replacing_archive
 
-WRITTEN_OUT = 8
+INPUTS, OUTPUTS = "prequant.inputs", "prequant.outputs"
+"""What a package's metadata say, for those who can't call it by name: the inputs in their order, each with its type
+and axes (``input_ids int64 [batch, sequence]``), and the results, a line each."""
 
 
 def export_aoti(program: Program, path: str | os.PathLike[str]) -> Path:
@@ -21,16 +24,19 @@ def export_aoti(program: Program, path: str | os.PathLike[str]) -> Path:
     packed operators in it are calls of the runtime's. It takes the inputs by name, in any batch size and length.
     Takes a C++ compiler. Raises :class:`ExportError`.
     """
-    made = exported(_with_wide_columns(program))
+    made = exported(program)
+    # Inductor would write the few numbers of a small tensor into its code, and make a tensor of them in every call: to
+    # the operators a new weight each time. (And it has no code for uint16.)
+    settings = {"always_keep_tensor_constants": True, "aot_inductor.metadata": _metadata(program)}
     with replacing_archive(path) as new:
-        torch._inductor.aoti_compile_and_package(made, package_path=str(new))
+        torch._inductor.aoti_compile_and_package(made, package_path=str(new), inductor_configs=settings)
     return Path(path)
 
 
-def _with_wide_columns(program: Program) -> Program:
-    """Inductor writes constants of so few numbers into its code, and has no code for uint16: int32 means the same."""
-    copied = program.copy()
-    for name, value in list(copied.named_buffers()):
-        if value.dtype == torch.uint16 and value.numel() <= WRITTEN_OUT:
-            copied.set_tensor(name, value.to(torch.int32))
-    return copied
+def _metadata(program: Program) -> dict[str, str]:
+    inputs = (
+        f"{item.name} {str(item.dtype).removeprefix('torch.')} [{', '.join(map(str, item.shape))}]"
+        for item in program.signature.inputs
+    )
+    outputs = (name for name, _ in named_results(program.signature.outputs))
+    return {INPUTS: "\n".join(inputs), OUTPUTS: "\n".join(outputs)}

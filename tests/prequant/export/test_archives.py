@@ -15,8 +15,10 @@ import prequant
 from prequant.checkpoint import save
 from prequant.cli import app
 from prequant.export import ExportError, export_aoti, export_pt2
+from prequant.export.aoti import INPUTS, OUTPUTS
 from prequant.measure import tensor_bytes
 from prequant.passes import Canonicalize, Pipeline, Program, QuantizeActivations, QuantizeWeights, SplitOutliers, lower
+from prequant.runtime import native_linear
 
 from ...models import FAMILIES, traced
 
@@ -53,14 +55,31 @@ def test_an_archive_computes_the_same_at_any_size(name: str, lowered: bool, tmp_
 
 
 @pytest.mark.parametrize("lowered", [False, True], ids=["simulated", "lowered"])
-def test_a_package_computes_the_same_at_any_size(lowered: bool, tmp_path: Path) -> None:
+def test_a_package_computes_the_same_at_any_size(
+    lowered: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = "bert-sequence-classification"
     program = program_of(name, lowered, QuantizeActivations(bits=8))
     assert any(b.dtype == torch.uint16 and b.numel() <= 8 for b in program.buffers()), "few outliers in some weight"
     loaded = torch._inductor.aoti_load_package(str(export_aoti(program, tmp_path / "model.pt2")))
+    inputs = inputs_of(program, name, 2, 9)
+    loaded(**inputs)
+    packed, pack = [], native_linear._pack_scales
+
+    def packing(*weight: Any) -> Tensor:
+        packed.append(weight)
+        return pack(*weight)
+
+    monkeypatch.setattr(native_linear, "_pack_scales", packing)
     for batch, length in SIZES:
         inputs = inputs_of(program, name, batch, length)
-        same(loaded(**inputs), program, inputs)
+        found = loaded(**inputs)
+        assert not packed, "the package's weights are the same tensors in each call, so the first has packed them all"
+        same(found, program, inputs)
+        packed.clear()  # the Program's own
+    described = loaded.get_metadata()
+    assert described[INPUTS] == "input_ids int64 [batch, length]\nattention_mask int64 [batch, length]"
+    assert described[OUTPUTS] == "logits"
 
 
 def test_what_a_folder_holds_is_exported(tmp_path: Path) -> None:
