@@ -17,6 +17,9 @@ WANTED = (
     *(f"prequant/view/assets/{name}" for name in PAGE),
 )
 LIBRARY = "prequant/runtime/libprequant_native.so"
+TORCH_OPS = "prequant/runtime/torch_ops/"
+"""Sources that users build, with the header that they include."""
+HEADER = "prequant/runtime/native/prequant_native.h"
 
 
 def main(wheel: Path) -> None:
@@ -26,9 +29,11 @@ def main(wheel: Path) -> None:
     assert platform_tag != "any", f"{wheel.name}: a wheel with a native library belongs to a platform"
 
     names = zipfile.ZipFile(wheel).namelist()
-    assert not (missing := {*WANTED, LIBRARY} - set(names)), f"{wheel.name} lacks {sorted(missing)}"
+    wanted = {*WANTED, LIBRARY, HEADER, f"{TORCH_OPS}CMakeLists.txt", f"{TORCH_OPS}ops.cpp"}
+    assert not (missing := wanted - set(names)), f"{wheel.name} lacks {sorted(missing)}"
     sources = [name for name in names if name.endswith((".cpp", ".h", "CMakeLists.txt"))]
-    assert not sources, f"{wheel.name} carries sources: {sources}"
+    strangers = [name for name in sources if name != HEADER and not name.startswith(TORCH_OPS)]
+    assert not strangers, f"{wheel.name} carries sources: {strangers}"
     strays = sorted({top for name in names if not (top := name.split("/")[0]).startswith("prequant")})
     assert not strays, f"{wheel.name} would install {strays} beside prequant"
 

@@ -171,6 +171,11 @@ def find_library() -> Path | None:
     return next((path for folder in folders if (path := folder / LIBRARY_NAME).is_file()), None)
 
 
+def torch_ops() -> Path:
+    """The folder of the sources that CMake makes ``libprequant_torch_ops.so`` of: the operators without Python."""
+    return Path(__file__).parent / "torch_ops"
+
+
 @functools.cache
 def load() -> ctypes.CDLL:
     """Load the native library, once, and check that it speaks `ABI_VERSION`."""

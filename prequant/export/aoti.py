@@ -21,7 +21,8 @@ def export_aoti(program: Program, path: str | os.PathLike[str]) -> Path:
     """Compile a Program into an AOTInductor package for the machine that this runs on; returns its path.
 
     A process loads it with ``torch._inductor.aoti_load_package(path)`` once it has imported ``prequant.runtime``: the
-    packed operators in it are calls of the runtime's. It takes the inputs by name, in any batch size and length.
+    packed operators in it are calls of the runtime's. It takes the inputs by name, in any batch size and length. In
+    C++ it takes them in the order of the metadata, and the operators from ``runtime/torch_ops``.
     Takes a C++ compiler. Raises :class:`ExportError`.
     """
     made = exported(program)
