@@ -13,8 +13,9 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 
 from prequant.checkpoint.atomic import replacing_file
-from prequant.passes import Input, Program
+from prequant.passes import ComposeOps, FuseEpilogue, FuseParallelLinears, Input, Pipeline, Program
 from prequant.passes.nesting import nest
+from prequant.passes.plan import is_lowered
 
 from .errors import ExportError
 
@@ -34,9 +35,10 @@ def replacing_archive(path: str | os.PathLike[str]) -> Iterator[Path]:
 def exported(program: Program) -> ExportedProgram:
     """The graph of a Program in eval mode, called with its inputs by name, its results in a dictionary or tuple.
 
-    Dynamic axes stay dynamic; tensors are shared. Raises :class:`ExportError` for an axis that would not.
+    Dynamic axes stay dynamic; tensors are shared. There is no plan in a file that would fuse a lowered Program's ops on
+    the way, so the graph has them fused. Raises :class:`ExportError` for an axis that would not stay dynamic.
     """
-    module = _nested(program.copy().train(False))
+    module = _nested(_fused(program.copy().train(False)))
     examples = _examples(program.signature.inputs)
     dims = {
         item.name: {axis: Dim.AUTO if isinstance(size, str) else Dim.STATIC for axis, size in enumerate(item.shape)}
@@ -46,6 +48,10 @@ def exported(program: Program) -> ExportedProgram:
         made = torch.export.export(module, (), examples, dynamic_shapes=dims, strict=False)
     _check_axes(made, program.signature.inputs)
     return made
+
+
+def _fused(program: Program) -> Program:
+    return Pipeline([ComposeOps(), FuseEpilogue(), FuseParallelLinears()])(program) if is_lowered(program) else program
 
 
 def _nested(program: Program) -> fx.GraphModule:

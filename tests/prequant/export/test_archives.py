@@ -17,7 +17,16 @@ from prequant.cli import app
 from prequant.export import ExportError, export_aoti, export_pt2
 from prequant.export.aoti import INPUTS, OUTPUTS
 from prequant.measure import tensor_bytes
-from prequant.passes import Canonicalize, Pipeline, Program, QuantizeActivations, QuantizeWeights, SplitOutliers, lower
+from prequant.passes import (
+    Canonicalize,
+    Lower,
+    Pipeline,
+    Program,
+    QuantizeActivations,
+    QuantizeWeights,
+    SplitOutliers,
+    lower,
+)
 from prequant.runtime import native_linear
 
 from ...models import FAMILIES, traced
@@ -80,6 +89,16 @@ def test_a_package_computes_the_same_at_any_size(
     described = loaded.get_metadata()
     assert described[INPUTS] == "input_ids int64 [batch, length]\nattention_mask int64 [batch, length]"
     assert described[OUTPUTS] == "logits"
+
+
+def test_what_a_plan_would_fuse_is_fused_in_the_file(tmp_path: Path) -> None:
+    name = "bert-sequence-classification"
+    program = Pipeline([Lower()])(program_of(name, lowered=False))
+    before = [str(node.target) for node in program.graph.nodes]
+    loaded = torch.export.load(export_pt2(program, tmp_path / "model.pt2"))
+    found = [str(node.target) for node in loaded.graph.nodes]
+    assert "prequant.packed_linears.default" in found and "prequant.packed_linears.default" not in before
+    assert not any("gelu" in target for target in found) and any("gelu" in target for target in before)
 
 
 def test_what_a_folder_holds_is_exported(tmp_path: Path) -> None:
