@@ -27,7 +27,7 @@ from .batches import Batches, steps_of
 from .best import Best
 from .checkpoints import Checkpoints, hash_of, identity
 from .course import Course
-from .precision import Precision, computing_in
+from .precision import Precision, collator_for, computing_in
 from .settings import TrainingError, TrainingResult, TrainingSettings, parameter_groups
 
 
@@ -113,7 +113,7 @@ def _train(
             model=model,
             args=arguments,
             train_dataset=train,
-            data_collator=collate,
+            data_collator=collator_for(settings.precision, collate),
             optimizers=(optimizer, None),
         )
         # Both print the closing figures as a dictionary; callers have a report.
@@ -179,8 +179,8 @@ class _AfterStep(TrainerCallback):
 class _ReturnMemory(TrainerCallback):
     """Gives freed memory back every few steps.
 
-    Batches of other lengths leave holes in the heap between what stays, such as the kernels that oneDNN keeps for each
-    shape: a training on long texts would grow to several times what it needs.
+    Batches of other lengths leave holes in the heap between what stays: a training on long texts would grow to several
+    times what it needs.
     """
 
     every = 16

@@ -7,12 +7,14 @@ import psutil
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DataCollatorWithPadding
 
 from prequant.passes import Pipeline, Program, QuantizeWeights, SplitOutliers, Train, lower
 from prequant.recipes import PreQuant
 from prequant.runtime import PrequantError
 from prequant.sources import canonical_program, head_parameters
 from prequant.training import TrainingError, TrainingResult, TrainingSettings, finetune, parameter_groups
+from prequant.training.precision import Precision, collator_for
 
 from .tiny import collator, encoded, make_model, make_tokenizer
 
@@ -271,6 +273,21 @@ def test_in_bfloat16_products_alone_lose_digits(kind: str) -> None:
     exact, first, second = kept
     assert same(first, second) and not same(exact, first)
     assert results[1].loss == pytest.approx(results[0].loss, rel=2e-2) and results[1].loss != results[0].loss
+
+
+@pytest.mark.parametrize(("precision", "longest", "lengths"), [("bfloat16", 512, {16, 32}), ("float32", 512, set())])
+def test_batches_in_bfloat16_have_even_lengths(precision: Precision, longest: int, lengths: set[int]) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = longest
+    rows = [{"input_ids": list(range(3, 3 + length)), "labels": 0} for length in (5, 9, 16, 17)]
+    plain = DataCollatorWithPadding(tokenizer)
+    made = [collator_for(precision, plain)([row]) for row in rows]
+    found = {batch["input_ids"].shape[1] for batch in made}
+    assert found == (lengths or {5, 9, 16, 17})
+    for batch, row in zip(made, rows, strict=True):
+        assert batch["input_ids"][0][batch["attention_mask"][0] == 1].tolist() == row["input_ids"]
+    tokenizer.model_max_length = 20  # 17 tokens still fit, 32 would not
+    assert collator_for(precision, plain)(rows[3:])["input_ids"].shape[1] == 17
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
