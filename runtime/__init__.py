@@ -17,6 +17,7 @@ from .metrics import sqnr
 from .quantizer import QuantizedWeight, Quantizer
 from .reference import Outliers
 from .strategies import register_strategy, strategy_names
+from .triton_kernels import backends as _triton_backends  # noqa: F401  (registers the kernels for CUDA)
 
 __all__ = [
     "LAYOUT_VERSION",

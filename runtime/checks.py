@@ -6,7 +6,7 @@ depends on the weight alone is remembered: a layer is called again and again wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -198,3 +198,16 @@ def same_device(input: Tensor, codes: Tensor) -> None:
     """Native kernels follow bare pointers, so that tensors of two devices must not reach them."""
     if input.device != codes.device:
         raise FormatError(f"the input is on {input.device}, the codes on {codes.device}")
+
+
+def one_device(operands: Iterable[object]) -> None:
+    """Check that all tensors among the operands of a kernel, outliers' as well, are on the device of the first."""
+    device: torch.device | None = None
+    for operand in operands:
+        for tensor in operand if isinstance(operand, Outliers) else (operand,):
+            if not isinstance(tensor, Tensor):
+                continue
+            if device is None:
+                device = tensor.device
+            elif tensor.device != device:
+                raise FormatError(f"operands of one call are on {device} and {tensor.device}")

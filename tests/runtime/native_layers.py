@@ -1,4 +1,6 @@
-"""Random weights for the tests of the native kernels, and the instruction sets that this processor has."""
+"""Random weights for the tests of kernels, and the instruction sets that this processor has."""
+
+import copy
 
 import torch
 from torch import Tensor
@@ -36,6 +38,17 @@ class Layer:
             offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(torch.int32)
             values = torch.randn(int(counts.sum()), generator=random)
             self.outliers = Outliers(values, torch.cat(places).to(torch.uint16), offsets, outliers == "replace")
+
+    def to(self, device: torch.device) -> "Layer":
+        """The same with its tensors on a device."""
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(moved, name, value.to(device))
+        if self.outliers is not None:
+            values, columns, offsets = (part.to(device) for part in self.outliers[:3])
+            moved.outliers = Outliers(values, columns, offsets, self.outliers.replace)
+        return moved
 
     def weight(self) -> Tensor:
         parts = (self.codes, self.scale, self.zero_point, self.outliers)

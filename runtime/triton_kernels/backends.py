@@ -1,0 +1,70 @@
+"""Where the Triton kernels stand among the backends: for CUDA tensors, and on request for those on the CPU.
+
+This module knows no Triton: the kernels are imported when one of them first takes a call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..backends import Backend, register_backend, unregister_backend
+from ..formats import WeightFormat
+from . import availability
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+"""Types of inputs, and of scales, that the kernels take."""
+
+
+def _accepts_linear(format: WeightFormat, input: Tensor, codes: Tensor, scale: Tensor, *_: object) -> bool:
+    return input.dtype in FLOATS and scale.dtype in FLOATS and availability.run_on(input.device)
+
+
+def _accepts_rows(format: WeightFormat, first: Tensor, *operands: Any) -> bool:
+    scale = next(tensor for tensor in operands if isinstance(tensor, Tensor) and tensor.is_floating_point())
+    return scale.dtype in FLOATS and availability.run_on(first.device)
+
+
+def _kernel(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module that imports Triton, once its tensors are known to be on one device."""
+
+    def call(format: WeightFormat, *operands: Any) -> Any:
+        checks.one_device(operands)
+        function = getattr(importlib.import_module(f"{__package__}.{module}"), name)
+        return function(format, *operands)
+
+    return call
+
+
+_KERNELS = (
+    ("packed_linear", _accepts_linear, _kernel("linear", "packed_linear")),
+    ("packed_embedding", _accepts_rows, _kernel("rows", "packed_embedding")),
+    ("dequantize", _accepts_rows, _kernel("rows", "dequantize")),
+)
+
+CUDA = tuple(Backend("triton", op, "cuda", accepts, kernel) for op, accepts, kernel in _KERNELS)
+for _backend in CUDA:
+    register_backend(_backend)
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Inside, calls on the CPU go to the same kernels, which Triton runs as Python: to test them, slowly.
+
+    Raises :class:`~.availability.TritonError` where Triton is missing, or has not been told to interpret.
+    """
+    availability.check_interpreted()
+    backends = [Backend("triton", op, "cpu", accepts, kernel) for op, accepts, kernel in _KERNELS]
+    for backend in backends:
+        register_backend(backend)
+    try:
+        yield
+    finally:
+        for backend in backends:
+            unregister_backend(backend)

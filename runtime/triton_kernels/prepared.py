@@ -1,0 +1,150 @@
+"""Weights in the kernels' order, made when they are first used and kept while their tensors live and do not change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .. import reference
+from ..backends import records_gradients
+from ..formats import Scheme, WeightFormat
+from ..memory import version_of
+from ..reference import Outliers
+from .layout import arrange_codes, arrange_scales
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Outliers as values to add, whatever they were; all three as :class:`Outliers` has them, columns in int32."""
+
+    values: Tensor
+    columns: Tensor
+    row_offsets: Tensor
+
+
+@dataclass
+class Scales:
+    """What goes with arranged codes: scales and zero points as ``layout.arrange_scales`` has them, and outliers.
+
+    ``zeros`` are relative to ``zero_point_of`` the format. ``sums`` are :func:`row_sums`, once they are asked for.
+    """
+
+    scales: Tensor
+    zeros: Tensor | None
+    sparse: Sparse | None
+    sums: Tensor | None = None
+
+
+@dataclass
+class _Kept:
+    """The codes of one tensor, and what has gone with them, by the tensors (of scales, of outlier values) it came from.
+
+    ``states`` tell whether these tensors are what they were; ``memory`` holds on to theirs, so that nothing else can
+    come to be at their addresses.
+    """
+
+    codes: Tensor
+    state: tuple[Any, ...]
+    memory: Tensor
+    scales: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+
+
+_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""By tensors of codes."""
+
+
+def zero_point_of(format: WeightFormat) -> int:
+    """What the kernels subtract from every code; a stored zero point counts from there."""
+    return 0 if format.scheme in (Scheme.BINARY, Scheme.BCQ) else int(format.implied_zero_point)
+
+
+def arranged_codes(format: WeightFormat, codes: Tensor, columns: int) -> Tensor:
+    """Codes in the kernels' order; arranged if they are new, or not what they were."""
+    return _entry(format, codes, columns).codes
+
+
+def _entry(format: WeightFormat, codes: Tensor, columns: int) -> _Kept:
+    state = (format.scheme, format.bits, format.base3, columns, _state(codes))
+    kept = _kept.get(codes)
+    if kept is None or kept.state != state:
+        kept = _kept[codes] = _Kept(arrange_codes(codes, format, columns), state, codes.detach())
+    return kept
+
+
+def arranged_scales(
+    format: WeightFormat,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    outliers: Outliers | None,
+    columns: int,
+) -> Scales:
+    """What goes with the codes; arranged if it is new, or not what it was. While it trains it is not kept."""
+    if records_gradients(scale, zero_point, None if outliers is None else outliers.values):
+        return _arrange(format, codes, scale, zero_point, outliers, columns)
+    tensors = (scale, zero_point, *(outliers[:3] if outliers is not None else ()))
+    state = (format, outliers is not None and outliers.replace, *map(_state, tensors))
+    by_values = _entry(format, codes, columns).scales.setdefault(scale, WeakIdKeyDictionary())
+    key = scale if outliers is None else outliers.values
+    known = by_values.get(key)
+    if known is None or known[0] != state:
+        memory = [None if tensor is None else tensor.detach() for tensor in tensors]
+        known = by_values[key] = (state, _arrange(format, codes, scale, zero_point, outliers, columns), memory)
+    return known[1]
+
+
+def _arrange(
+    format: WeightFormat,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    outliers: Outliers | None,
+    columns: int,
+) -> Scales:
+    zeros = None
+    if zero_point is not None and format.scheme is Scheme.AFFINE:  # a ternary one is the threshold of rounding
+        zeros = arrange_scales(zero_point, format) - zero_point_of(format)
+    sparse = None
+    if outliers is not None and outliers.values.numel():
+        sparse = _differences(format, codes, scale, zero_point, outliers, columns)
+    return Scales(arrange_scales(scale, format), zeros, sparse)
+
+
+def _differences(
+    format: WeightFormat, codes: Tensor, scale: Tensor, zero_point: Tensor | None, outliers: Outliers, columns: int
+) -> Sparse:
+    values = outliers.values.detach().float()
+    if outliers.replace:
+        at = outliers.positions()
+        dense = reference.dequantize(codes, scale.detach(), zero_point, format, columns)
+        values = values - dense.float()[at]
+    return Sparse(
+        values.contiguous(),
+        outliers.columns.to(torch.int32).contiguous(),
+        outliers.row_offsets.to(torch.int32).contiguous(),
+    )
+
+
+def row_sums(
+    scales: Scales,
+    format: WeightFormat,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    outliers: Outliers | None,
+    columns: int,
+) -> Tensor:
+    """Sums of the rows of a weight, ``[rows]`` float32: what an input's zero point is multiplied by."""
+    if scales.sums is None:
+        weight = reference.packed_weight(codes, scale.detach(), zero_point, outliers, format, columns)
+        scales.sums = weight.detach().sum(-1, dtype=torch.float64).float()
+    return scales.sums
+
+
+def _state(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """What changes when a tensor does: where it is, and how often it was written to."""
+    return None if tensor is None else (tensor.device, tensor.data_ptr(), version_of(tensor))

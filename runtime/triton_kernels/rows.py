@@ -1,0 +1,99 @@
+"""Rows of packed codes become floats: behind ``dequantize``, ``packed_embedding``, and linears of many tokens.
+
+The kernels read the neutral layout, so nothing is arranged for a table of which a call takes a few rows. Values are the
+reference's, to the last bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import reference
+from ..formats import Granularity, Scheme, WeightFormat
+from ..reference import Outliers
+from . import workspace
+from .device import rows as device
+
+BLOCK_ROWS, BLOCK_COLUMNS = 4, 512
+"""What a program unpacks."""
+
+BLOCK_OUTLIERS = 128
+
+
+def unpacked(
+    format: WeightFormat,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    outliers: Outliers | None,
+    columns: int,
+    dtype: torch.dtype,
+    ids: Tensor | None = None,
+) -> Tensor:
+    """The float weight, ``[rows, columns]``, or its rows ``ids`` ``[n]``, ``[n, columns]``."""
+    rows = codes.shape[-2]
+    count = rows if ids is None else ids.shape[0]
+    sparse = None if outliers is None or not outliers.values.numel() else outliers
+    # Outliers come to the value before it is rounded.
+    output = torch.empty(count, columns, dtype=torch.float32 if sparse is not None else dtype, device=codes.device)
+    if not output.numel():
+        return output.to(dtype)
+    codes, scale = codes.contiguous(), scale.float().contiguous()
+    zeros = zero_point.float().contiguous() if zero_point is not None and format.scheme is Scheme.AFFINE else None
+    ids = None if ids is None else ids.contiguous()
+    signs = format.scheme in (Scheme.BINARY, Scheme.BCQ)
+    with workspace.on(codes.device):
+        device.unpack_rows[(triton.cdiv(count, BLOCK_ROWS), triton.cdiv(columns, BLOCK_COLUMNS))](
+            *(codes, scale, scale if zeros is None else zeros, codes if ids is None else ids, output),
+            *(count, rows, columns, codes.shape[-1], scale.shape[-1]),
+            BITS=1 if signs else format.bits,
+            TERMS=format.bits if format.scheme is Scheme.BCQ else 1,
+            SIGNS=signs,
+            BASE3=format.base3,
+            ZERO=0 if signs else int(format.implied_zero_point),
+            GROUP=format.group_size,
+            SHARED=format.granularity is Granularity.TENSOR,
+            HAS_ZEROS=zeros is not None,
+            HAS_IDS=ids is not None,
+            BLOCK_ROWS=BLOCK_ROWS,
+            BLOCK_COLUMNS=min(triton.next_power_of_2(columns), BLOCK_COLUMNS),
+        )
+        if sparse is not None:
+            device.scatter_outliers[(count,)](
+                *(output, sparse.values.contiguous(), sparse.columns.contiguous(), sparse.row_offsets.contiguous()),
+                *(codes if ids is None else ids, rows, columns),
+                REPLACE=sparse.replace,
+                HAS_IDS=ids is not None,
+                BLOCK=BLOCK_OUTLIERS,
+            )
+    return output.to(dtype)
+
+
+def dequantize(
+    format: WeightFormat, codes: Tensor, scale: Tensor, zero_point: Tensor | None, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """See :func:`prequant.runtime.reference.dequantize`."""
+    return unpacked(format, codes, scale, zero_point, None, columns, dtype)
+
+
+def packed_embedding(
+    format: WeightFormat,
+    ids: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    outliers: Outliers | None,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See :func:`prequant.runtime.reference.packed_embedding`.
+
+    Ids are looked at only where that does not wait for a GPU; there, one outside the table gives a row of NaN.
+    """
+    flat = ids.reshape(-1)
+    if flat.device.type == "cpu":
+        reference.check_ids(flat, codes.shape[-2])
+    taken = unpacked(format, codes, scale, zero_point, outliers, columns, dtype, flat)
+    return taken.reshape(*ids.shape, columns)

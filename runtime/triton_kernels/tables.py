@@ -1,0 +1,64 @@
+"""Which tiles a packed linear runs with, by how many tokens it has and how wide the codes are.
+
+The table of the H100 was made by counting: instructions for each weight in the compiled code against the bytes that a
+multiprocessor can be given meanwhile. It is not measured.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tiles(NamedTuple):
+    """How a launch is cut up: ``rows`` × ``tokens`` a program, ``split`` programs a tile, and how it is compiled."""
+
+    rows: int
+    tokens: int
+    split: int
+    warps: int
+    stages: int
+
+
+MULTIPROCESSORS = 132
+"""Of an H100 or H200 (SXM)."""
+
+PROGRAMS_EACH = 4
+"""So many programs of few tokens should be on every multiprocessor at once, to have enough loads under way."""
+
+MAX_SPLIT = 16
+
+UNPACKED_FROM = 1024
+"""From so many tokens on, a weight is unpacked once and multiplied by cuBLAS: unpacking then costs less than what its
+products gain on those of tiles that unpack as they go."""
+
+UNPACKED_FROM_FLOAT32 = 32
+"""The same for float32 inputs, which tensor cores do not multiply."""
+
+# tokens up to (rows, tokens of a tile, warps, stages)
+H100: tuple[tuple[int, tuple[int, int, int, int]], ...] = (
+    (8, (64, 8, 4, 4)),
+    (16, (64, 16, 4, 4)),
+    (32, (64, 32, 4, 4)),
+    (64, (128, 64, 4, 4)),
+    (UNPACKED_FROM, (128, 128, 8, 3)),
+)
+
+
+def default_tiles(tokens: int, rows: int, columns: int, multiprocessors: int = MULTIPROCESSORS) -> Tiles:
+    """The tiles for ``[tokens, columns]`` inputs of a ``[rows, columns]`` weight."""
+    tile_rows, tile_tokens, warps, stages = next((tiles for most, tiles in H100 if tokens <= most), H100[-1][1])
+    tiles = -(-rows // tile_rows) * -(-tokens // tile_tokens)
+    return Tiles(tile_rows, tile_tokens, splits(tiles, columns, multiprocessors), warps, stages)
+
+
+def splits(tiles: int, columns: int, multiprocessors: int) -> int:
+    """Over how many programs the columns of a tile are cut, so that so many tiles fill a GPU.
+
+    Every program keeps two chunks of 128 columns at least.
+    """
+    wanted = -(-multiprocessors * PROGRAMS_EACH // max(tiles, 1))
+    most = min(max(-(-columns // 128) // 2, 1), MAX_SPLIT)
+    split = 1
+    while 2 * split <= min(wanted, most):
+        split *= 2
+    return split
