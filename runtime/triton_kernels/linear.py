@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import triton
+import triton.testing
 from torch import Tensor
 
 from .. import reference
 from ..formats import Granularity, Scheme, WeightFormat
 from ..reference import Outliers
-from . import prepared, tables, workspace
+from . import prepared, tables, tuning, workspace
 from .device import linear as device
 from .layout import CHUNK, chunks_of, has_layout
 from .rounding import rounded_tokens
@@ -59,9 +63,35 @@ def packed_linear(
     else:
         seen = reference.quantized_input(input, input_scale, input_zero_point, input_format).contiguous()
     output = input.new_empty((*input.shape[:-1], rows))
-    tiles = tables.default_tiles(tokens, rows, columns, workspace.multiprocessors(input.device))
-    launch(*weight, seen, token_scales, token_zeros, bias, activation, residual, output, tiles)
+    run = partial(launch, *weight, seen, token_scales, token_zeros, bias, activation, residual, output)
+    run(tiles_for(format, rows, seen, run))
     return output
+
+
+def tiles_for(format: WeightFormat, rows: int, input: Tensor, run: Callable[[tables.Tiles], None]) -> tables.Tiles:
+    """The tiles of ``tables.py``, or, on a card that it was not made for, the fastest of some, by trying ``run``.
+
+    Nothing is tried while a graph is captured.
+    """
+    columns, device = input.shape[-1], input.device
+    tokens, card = input.numel() // columns, workspace.other_card(device)
+    planes, processors = tables.planes_of(format), workspace.multiprocessors(device)
+    tiles = tables.default_tiles(tokens, rows, columns, planes, processors)
+    if card is None:
+        return tiles
+    size = f"{rows}x{columns}x{triton.next_power_of_2(tokens)}"
+    key = f"{card}, triton {triton.__version__}, {format}, {input.dtype}, {size}"
+    if workspace.capturing(device):
+        return tuning.remembered(key) or tiles
+    return tuning.tuned(key, tuning.candidates(tiles, columns), lambda tiles: seconds(run, tiles))
+
+
+def seconds(run: Callable[[tables.Tiles], None], tiles: tables.Tiles) -> float:
+    """Median time of a launch; infinite where a card has not the registers or the memory for it."""
+    try:
+        return float(triton.testing.do_bench(lambda: run(tiles), warmup=5, rep=20, return_mode="median")) / 1000
+    except triton.runtime.errors.OutOfResources:
+        return math.inf
 
 
 def launch(

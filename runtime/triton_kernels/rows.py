@@ -6,6 +6,8 @@ reference's, to the last bit.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -43,18 +45,11 @@ def unpacked(
     codes, scale = codes.contiguous(), scale.float().contiguous()
     zeros = zero_point.float().contiguous() if zero_point is not None and format.scheme is Scheme.AFFINE else None
     ids = None if ids is None else ids.contiguous()
-    signs = format.scheme in (Scheme.BINARY, Scheme.BCQ)
     with workspace.on(codes.device):
         device.unpack_rows[(triton.cdiv(count, BLOCK_ROWS), triton.cdiv(columns, BLOCK_COLUMNS))](
             *(codes, scale, scale if zeros is None else zeros, codes if ids is None else ids, output),
             *(count, rows, columns, codes.shape[-1], scale.shape[-1]),
-            BITS=1 if signs else format.bits,
-            TERMS=format.bits if format.scheme is Scheme.BCQ else 1,
-            SIGNS=signs,
-            BASE3=format.base3,
-            ZERO=0 if signs else int(format.implied_zero_point),
-            GROUP=format.group_size,
-            SHARED=format.granularity is Granularity.TENSOR,
+            **format_constants(format),
             HAS_ZEROS=zeros is not None,
             HAS_IDS=ids is not None,
             BLOCK_ROWS=BLOCK_ROWS,
@@ -69,6 +64,20 @@ def unpacked(
                 BLOCK=BLOCK_OUTLIERS,
             )
     return output.to(dtype)
+
+
+def format_constants(format: WeightFormat) -> dict[str, Any]:
+    """What the kernel is compiled for of a format."""
+    signs = format.scheme in (Scheme.BINARY, Scheme.BCQ)
+    return {
+        "BITS": 1 if signs else format.bits,
+        "TERMS": format.bits if format.scheme is Scheme.BCQ else 1,
+        "SIGNS": signs,
+        "BASE3": format.base3,
+        "ZERO": 0 if signs else int(format.implied_zero_point),
+        "GROUP": format.group_size,
+        "SHARED": format.granularity is Granularity.TENSOR,
+    }
 
 
 def dequantize(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..formats import Scheme, WeightFormat
+
 
 class Tiles(NamedTuple):
     """How a launch is cut up: ``rows`` × ``tokens`` a program, ``split`` programs a tile, and how it is compiled."""
@@ -19,8 +21,11 @@ class Tiles(NamedTuple):
     stages: int
 
 
+CARDS = ("H100", "H200")
+"""What names of GPUs have in them that the tables are for."""
+
 MULTIPROCESSORS = 132
-"""Of an H100 or H200 (SXM)."""
+"""Of such a GPU (SXM)."""
 
 PROGRAMS_EACH = 4
 """So many programs of few tokens should be on every multiprocessor at once, to have enough loads under way."""
@@ -34,19 +39,32 @@ products gain on those of tiles that unpack as they go."""
 UNPACKED_FROM_FLOAT32 = 32
 """The same for float32 inputs, which tensor cores do not multiply."""
 
-# tokens up to (rows, tokens of a tile, warps, stages)
-H100: tuple[tuple[int, tuple[int, int, int, int]], ...] = (
-    (8, (64, 8, 4, 4)),
-    (16, (64, 16, 4, 4)),
+FEW = 16
+"""Tokens of the smallest tiles: the widest matrix instructions (of 64 rows of weights) take no fewer columns."""
+
+# For tokens up to the first number: rows and tokens of a tile, warps, stages.
+_Table = tuple[tuple[int, tuple[int, int, int, int]], ...]
+H100: _Table = (
+    (FEW, (64, 16, 4, 4)),
     (32, (64, 32, 4, 4)),
-    (64, (128, 64, 4, 4)),
+    (64, (128, 64, 8, 4)),
     (UNPACKED_FROM, (128, 128, 8, 3)),
 )
+H100_PLANES: _Table = ((FEW, (64, 16, 4, 4)), (32, (64, 32, 4, 4)), (UNPACKED_FROM, (128, 64, 8, 3)))
+"""For formats of several planes, which add up several products: larger tiles would spill."""
 
 
-def default_tiles(tokens: int, rows: int, columns: int, multiprocessors: int = MULTIPROCESSORS) -> Tiles:
+def planes_of(format: WeightFormat) -> int:
+    """How many products a weight of this format takes."""
+    return format.bits if format.scheme is Scheme.BCQ else 1
+
+
+def default_tiles(
+    tokens: int, rows: int, columns: int, planes: int = 1, multiprocessors: int = MULTIPROCESSORS
+) -> Tiles:
     """The tiles for ``[tokens, columns]`` inputs of a ``[rows, columns]`` weight."""
-    tile_rows, tile_tokens, warps, stages = next((tiles for most, tiles in H100 if tokens <= most), H100[-1][1])
+    table = H100 if planes == 1 else H100_PLANES
+    tile_rows, tile_tokens, warps, stages = next((tiles for most, tiles in table if tokens <= most), table[-1][1])
     tiles = -(-rows // tile_rows) * -(-tokens // tile_tokens)
     return Tiles(tile_rows, tile_tokens, splits(tiles, columns, multiprocessors), warps, stages)
 

@@ -8,6 +8,8 @@ import functools
 import torch
 from torch import Tensor
 
+from .tables import CARDS, MULTIPROCESSORS
+
 COUNTERS = 1 << 14
 """Tiles that one launch with split columns may have."""
 
@@ -26,12 +28,17 @@ def of_split(split: int, results: int, tiles: int, device: torch.device) -> tupl
 
 
 def _zeros(tiles: int, device: torch.device) -> Tensor:
-    if tiles > COUNTERS or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if tiles > COUNTERS or capturing(device):
         return torch.zeros(tiles, dtype=torch.int32, device=device)
     key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     if key not in _counters:
         _counters[key] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
     return _counters[key]
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether launches on ``device`` are being recorded as a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -41,9 +48,16 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors a GPU has; as many as tiles are made for elsewhere."""
-    from .tables import MULTIPROCESSORS
-
+    """How many multiprocessors a GPU has; elsewhere, as many as the tables are made for."""
     if device.type != "cuda":
         return MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def other_card(device: torch.device) -> str | None:
+    """The name of a GPU that the tables are not made for; None for one that they are, and elsewhere."""
+    if device.type != "cuda":
+        return None
+    name = str(torch.cuda.get_device_name(device))
+    return None if any(known in name for known in CARDS) else name

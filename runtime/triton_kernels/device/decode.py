@@ -13,6 +13,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import assembly
+
+
+@triton.constexpr_function
+def kind_of(dtype):
+    """What assembly calls a half-precision type."""
+    return "f16" if dtype == tl.float16 else "bf16"
+
 
 @triton.jit
 def wide(count):
@@ -42,39 +50,49 @@ def load_field(
 
 
 @triton.jit
-def number(code, ZERO: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
-    """``code - ZERO`` of whole ``code`` in uint8, as ``DTYPE``, exactly."""
-    if DTYPE == tl.int8 and BITS == 8:
-        return (code ^ 128).to(tl.int8, bitcast=True)
-    elif DTYPE == tl.int8:
-        return code.to(tl.int8, bitcast=True) - ZERO
-    elif DTYPE == tl.float16:
-        return (code.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + ZERO)
-    elif DTYPE == tl.bfloat16 and BITS == 8:  # more than a mantissa of 2^7 has room for
-        return (code.to(tl.float32) - ZERO).to(tl.bfloat16)
-    elif DTYPE == tl.bfloat16 and NATIVE:
-        return (code.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True) - (128.0 + ZERO)
-    elif DTYPE == tl.bfloat16:  # the interpreter can't subtract bfloat16
-        raised = (code.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True).to(tl.float32)
-        return (raised - (128.0 + ZERO)).to(tl.bfloat16)
+def to_half(bytes, ASM: tl.constexpr, DTYPE: tl.constexpr):
+    """Numbers in half precision by what ``assembly.py`` says of four bytes."""
+    if DTYPE == tl.float16:
+        return tl.inline_asm_elementwise(ASM, "=r,h", [bytes], dtype=tl.float16, is_pure=True, pack=2)
     else:
-        return (code.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + ZERO)
+        return tl.inline_asm_elementwise(ASM, "=r,h", [bytes], dtype=tl.bfloat16, is_pure=True, pack=2)
 
 
 @triton.jit
-def sign(bytes, PLANE: tl.constexpr, DTYPE: tl.constexpr):
-    """1 for a set bit ``PLANE`` of every byte, -1 for a bit that is not set."""
+def to_bytes(bytes, ASM: tl.constexpr, DTYPE: tl.constexpr):
+    """Bytes by what ``assembly.py`` says of four bytes."""
     if DTYPE == tl.int8:
-        return ((bytes >> PLANE) & 1).to(tl.int8, bitcast=True) * 2 - 1
-    elif DTYPE == tl.float16:
-        flipped = (bytes.to(tl.uint16) << (15 - PLANE)) & 0x8000
-        return (flipped ^ 0xBC00).to(tl.float16, bitcast=True)
-    elif DTYPE == tl.bfloat16:
-        flipped = (bytes.to(tl.uint16) << (15 - PLANE)) & 0x8000
-        return (flipped ^ 0xBF80).to(tl.bfloat16, bitcast=True)
+        return tl.inline_asm_elementwise(ASM, "=r,r", [bytes], dtype=tl.int8, is_pure=True, pack=4)
     else:
-        flipped = (bytes.to(tl.uint32) << (31 - PLANE)) & 0x80000000
-        return (flipped ^ 0xBF800000).to(tl.float32, bitcast=True)
+        return tl.inline_asm_elementwise(ASM, "=r,r", [bytes], dtype=tl.uint8, is_pure=True, pack=4)
+
+
+@triton.jit
+def number(code, ZERO: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
+    """``code - ZERO`` of whole ``code`` in uint8, as ``DTYPE``, exactly."""
+    if DTYPE == tl.float32:
+        return (code.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + ZERO)
+    elif DTYPE == tl.bfloat16:
+        return (code.to(tl.float32) - ZERO).to(tl.bfloat16)
+    elif NATIVE and DTYPE == tl.int8:
+        return to_bytes(code, assembly.bytes_of_plane(0, BITS, ZERO), tl.int8)
+    elif DTYPE == tl.int8:
+        return (code.to(tl.int16) - ZERO).to(tl.int8)
+    else:
+        return (code.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + ZERO)
+
+
+@triton.jit
+def sign(bytes, BIT: tl.constexpr, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
+    """1 for a set bit ``BIT`` of every byte, -1 for a bit that is not set."""
+    if NATIVE and DTYPE == tl.int8:
+        return to_bytes(bytes, assembly.bytes_of_sign(BIT), tl.int8)
+    elif NATIVE and DTYPE != tl.float32:
+        return to_half(bytes, assembly.half_of_sign(BIT, kind_of(DTYPE)), DTYPE)
+    elif DTYPE == tl.int8:
+        return ((bytes >> BIT) & 1).to(tl.int8) * 2 - 1
+    else:
+        return (((bytes >> BIT) & 1).to(tl.float32) * 2.0 - 1.0).to(DTYPE)
 
 
 @triton.jit
@@ -84,24 +102,41 @@ def plane(
     WIDTH: tl.constexpr,
     SIGNS: tl.constexpr,
     ZERO: tl.constexpr,
+    MULTIPLE: tl.constexpr,
     DTYPE: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """One plane of every byte, as numbers; as the bare codes where ``DTYPE`` is uint8."""
-    SHIFT: tl.constexpr = PLANE * WIDTH
-    MASK: tl.constexpr = 2**WIDTH - 1
+    """One plane of every byte, as numbers; as the bare codes where ``DTYPE`` is uint8.
+
+    ``MULTIPLE`` other than 1 is for compiled code in half precision.
+    """
     if SIGNS:
-        return sign(bytes, SHIFT, DTYPE)
-    elif DTYPE == tl.float16:
-        # Where it stands in the byte, a code counts 2^SHIFT times. A multiplication is one with the subtraction.
-        raised = ((bytes.to(tl.int16) & (MASK << SHIFT)) | 0x6400).to(tl.float16, bitcast=True)
-        return raised * (1.0 / 2**SHIFT) - (1024.0 / 2**SHIFT + ZERO)
+        return sign(bytes, PLANE, DTYPE, NATIVE)
+    elif WIDTH == 8 and DTYPE == tl.bfloat16:  # more than a mantissa of 2^7 has room for
+        return number(bytes, ZERO, 8, DTYPE, NATIVE)
+    elif NATIVE and DTYPE == tl.uint8:
+        return to_bytes(bytes, assembly.codes_of_plane(PLANE, WIDTH), tl.uint8)
+    elif NATIVE and DTYPE == tl.int8:
+        return to_bytes(bytes, assembly.bytes_of_plane(PLANE, WIDTH, ZERO), tl.int8)
+    elif NATIVE and DTYPE != tl.float32:
+        return to_half(bytes, assembly.half_of_plane(PLANE, WIDTH, ZERO, MULTIPLE, kind_of(DTYPE)), DTYPE)
     else:
-        code = (bytes >> SHIFT) & MASK
+        code = (bytes >> (PLANE * WIDTH)) & (2**WIDTH - 1)
         if DTYPE == tl.uint8:
             return code
         else:
             return number(code, ZERO, WIDTH, DTYPE, NATIVE)
+
+
+@triton.jit
+def above(code, high, LOW: tl.constexpr, NATIVE: tl.constexpr):
+    """Codes of ``LOW`` bits with ``high`` above them."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            assembly.joined(LOW), "=r,r,r", [code, high], dtype=tl.uint8, is_pure=True, pack=4
+        )
+    else:
+        return code | (high << LOW)
 
 
 @triton.jit
@@ -113,6 +148,7 @@ def planes(
     WIDTH: tl.constexpr,
     SIGNS: tl.constexpr,
     ZERO: tl.constexpr,
+    MULTIPLE: tl.constexpr,
     DTYPE: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
@@ -123,29 +159,32 @@ def planes(
     UNIT: tl.constexpr = 128 // WIDTH
     COUNT: tl.constexpr = 8 // WIDTH if COLUMNS >= UNIT else COLUMNS // 16
     BLOCKS: tl.constexpr = COLUMNS // UNIT if COLUMNS >= UNIT else 1
-    first = plane(bytes, FIRST, WIDTH, SIGNS, ZERO, DTYPE, NATIVE)
+    first = plane(bytes, FIRST, WIDTH, SIGNS, ZERO, MULTIPLE, DTYPE, NATIVE)
     if COUNT == 1:
         joined = first
     elif COUNT == 2:
-        joined = tl.join(first, plane(bytes, FIRST + 1, WIDTH, SIGNS, ZERO, DTYPE, NATIVE))
+        joined = tl.join(first, plane(bytes, FIRST + 1, WIDTH, SIGNS, ZERO, MULTIPLE, DTYPE, NATIVE))
     elif COUNT == 4:
-        even = tl.join(first, plane(bytes, FIRST + 2, WIDTH, SIGNS, ZERO, DTYPE, NATIVE))
+        even = tl.join(first, plane(bytes, FIRST + 2, WIDTH, SIGNS, ZERO, MULTIPLE, DTYPE, NATIVE))
         odd = tl.join(
-            plane(bytes, FIRST + 1, WIDTH, SIGNS, ZERO, DTYPE, NATIVE),
-            plane(bytes, FIRST + 3, WIDTH, SIGNS, ZERO, DTYPE, NATIVE),
+            plane(bytes, FIRST + 1, WIDTH, SIGNS, ZERO, MULTIPLE, DTYPE, NATIVE),
+            plane(bytes, FIRST + 3, WIDTH, SIGNS, ZERO, MULTIPLE, DTYPE, NATIVE),
         )
         joined = tl.join(even, odd)
     else:
         tl.static_assert(COUNT == 8)
-        p04 = tl.join(first, plane(bytes, 4, WIDTH, SIGNS, ZERO, DTYPE, NATIVE))
+        p04 = tl.join(first, plane(bytes, 4, WIDTH, SIGNS, ZERO, MULTIPLE, DTYPE, NATIVE))
         p26 = tl.join(
-            plane(bytes, 2, WIDTH, SIGNS, ZERO, DTYPE, NATIVE), plane(bytes, 6, WIDTH, SIGNS, ZERO, DTYPE, NATIVE)
+            plane(bytes, 2, WIDTH, SIGNS, ZERO, MULTIPLE, DTYPE, NATIVE),
+            plane(bytes, 6, WIDTH, SIGNS, ZERO, MULTIPLE, DTYPE, NATIVE),
         )
         p15 = tl.join(
-            plane(bytes, 1, WIDTH, SIGNS, ZERO, DTYPE, NATIVE), plane(bytes, 5, WIDTH, SIGNS, ZERO, DTYPE, NATIVE)
+            plane(bytes, 1, WIDTH, SIGNS, ZERO, MULTIPLE, DTYPE, NATIVE),
+            plane(bytes, 5, WIDTH, SIGNS, ZERO, MULTIPLE, DTYPE, NATIVE),
         )
         p37 = tl.join(
-            plane(bytes, 3, WIDTH, SIGNS, ZERO, DTYPE, NATIVE), plane(bytes, 7, WIDTH, SIGNS, ZERO, DTYPE, NATIVE)
+            plane(bytes, 3, WIDTH, SIGNS, ZERO, MULTIPLE, DTYPE, NATIVE),
+            plane(bytes, 7, WIDTH, SIGNS, ZERO, MULTIPLE, DTYPE, NATIVE),
         )
         joined = tl.join(tl.join(p04, p26), tl.join(p15, p37))
     apart = joined.reshape(ROWS, BLOCKS, 16, COUNT)
@@ -164,13 +203,14 @@ def field(
     WIDTH: tl.constexpr,
     SIGNS: tl.constexpr,
     ZERO: tl.constexpr,
+    MULTIPLE: tl.constexpr,
     DTYPE: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
     """Load and unpack one field of a segment, ``[ROWS, COLUMNS]``."""
     bytes = load_field(codes, start, rows, row_count, WIDTH, SEGMENT, COLUMNS)
     FIRST: tl.constexpr = SEGMENT * COLUMNS % (128 // WIDTH) // 16
-    return planes(bytes, ROWS, COLUMNS, FIRST, WIDTH, SIGNS, ZERO, DTYPE, NATIVE)
+    return planes(bytes, ROWS, COLUMNS, FIRST, WIDTH, SIGNS, ZERO, MULTIPLE, DTYPE, NATIVE)
 
 
 @triton.jit
@@ -196,22 +236,28 @@ def weights(
     three fields, of which the first holds the low bits.
     """
     stride = wide(row_count) * 16  # bytes of a chunk of width 1
+    HALF: tl.constexpr = NATIVE and (DTYPE == tl.float16 or DTYPE == tl.bfloat16)
+    LOW: tl.constexpr = 2 if BITS == 3 else 4
+    HIGH: tl.constexpr = 2 if BITS >= 6 else 1
     if SIGNS:
         start = field_bytes * TERM + stride * chunk
-        return field(codes, start, rows, row_count, SEGMENT, ROWS, COLUMNS, 1, True, ZERO, DTYPE, NATIVE)
+        return field(codes, start, rows, row_count, SEGMENT, ROWS, COLUMNS, 1, True, ZERO, 1, DTYPE, NATIVE)
     elif BITS == 1 or BITS == 2 or BITS == 4 or BITS == 8:
         start = stride * chunk * BITS
-        return field(codes, start, rows, row_count, SEGMENT, ROWS, COLUMNS, BITS, False, ZERO, DTYPE, NATIVE)
+        return field(codes, start, rows, row_count, SEGMENT, ROWS, COLUMNS, BITS, False, ZERO, 1, DTYPE, NATIVE)
     else:
-        LOW: tl.constexpr = 2 if BITS == 3 else 4
-        HIGH: tl.constexpr = 2 if BITS >= 6 else 1
+        # Whole codes are put together, or, in half precision, the numbers that their parts stand for are added.
+        PART: tl.constexpr = DTYPE if HALF else tl.uint8
         start = stride * chunk * LOW
-        code = field(codes, start, rows, row_count, SEGMENT, ROWS, COLUMNS, LOW, False, ZERO, tl.uint8, NATIVE)
+        low = field(codes, start, rows, row_count, SEGMENT, ROWS, COLUMNS, LOW, False, ZERO, 1, PART, NATIVE)
         start = field_bytes * LOW + stride * chunk * HIGH
-        high = field(codes, start, rows, row_count, SEGMENT, ROWS, COLUMNS, HIGH, False, ZERO, tl.uint8, NATIVE)
-        code = code | (high << LOW)
+        high = field(codes, start, rows, row_count, SEGMENT, ROWS, COLUMNS, HIGH, False, 0, 2**LOW, PART, NATIVE)
+        whole = low + high if HALF else above(low, high, LOW, NATIVE)
         if BITS == 7:
             start = field_bytes * 6 + stride * chunk
-            top = field(codes, start, rows, row_count, SEGMENT, ROWS, COLUMNS, 1, False, ZERO, tl.uint8, NATIVE)
-            code = code | (top << 6)
-        return number(code, ZERO, BITS, DTYPE, NATIVE)
+            top = field(codes, start, rows, row_count, SEGMENT, ROWS, COLUMNS, 1, False, 0, 64, PART, NATIVE)
+            whole = whole + top if HALF else above(whole, top, 6, NATIVE)
+        if HALF:
+            return whole
+        else:
+            return number(whole, ZERO, BITS, DTYPE, NATIVE)

@@ -1,0 +1,196 @@
+"""What the GPU kernels compile to, counted in machine code: on any machine that has Triton, with a GPU or without.
+
+Usage: python tests/benchmarks/gpu_code.py [--formats affine4:group128,bcq3:row] [--tokens 1,64,512]
+
+For each format, type of inputs and number of tokens, with the tiles that ``tables.py`` chooses for a (14336, 4096)
+weight on an H100: registers, bytes spilled, shared memory, loads from global memory in the main loop, the matrix
+instruction, and instructions of that loop for each weight of a thread. It runs nothing: what it counts is no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import re
+import subprocess
+import tempfile
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # read when the kernels are imported
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from prequant.runtime import WeightFormat
+from prequant.runtime.triton_kernels import linear, rounding, rows, tables
+from prequant.runtime.triton_kernels.device import linear as device
+from prequant.runtime.triton_kernels.device import rounding as device_rounding
+from prequant.runtime.triton_kernels.device import rows as device_rows
+
+ROWS, COLUMNS = 14336, 4096
+FORMATS = (
+    *(f"affine{bits}:group128" for bits in range(2, 9)),
+    *("affine4:row", "affine4:group32", "affine4:group128:asym", "ternary:row", "binary:row"),
+    *(f"bcq{planes}:group128" for planes in (1, 2, 3, 4)),
+)
+INPUTS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int8": "*i8"}
+"""Types of inputs as Triton calls pointers to them; int8 ones are of a float16 model."""
+
+MATRIX = ("HGMMA", "IGMMA", "HMMA", "IMMA", "FFMA")
+"""Instructions that multiply tiles, the widest first."""
+
+
+def signature(inputs: str) -> dict[str, str]:
+    """Types of the kernel's arguments that are no constants."""
+    floats = "*fp16" if inputs == "int8" else INPUTS[inputs]
+    pointers = dict.fromkeys(("scales", "zeros", "outlier_values", "bias", "token_scales", "token_zeros"), "*fp32")
+    pointers |= {"row_sums": "*fp32", "partial": "*fp32", "codes": "*u8", "input": INPUTS[inputs]}
+    pointers |= {"outlier_columns": "*i32", "outlier_offsets": "*i32", "counters": "*i32"}
+    counts = dict.fromkeys(("token_count", "row_count", "column_count", "chunk_count"), "i32")
+    return {**pointers, "residual": floats, "output": floats, **counts}
+
+
+def compiled(text: str, inputs: str, tiles: tables.Tiles, everything: bool = False) -> Any:
+    """The kernel of packed linears for a format; ``everything``: with all that a call may have."""
+    format, quantized = WeightFormat.parse(text), inputs == "int8"
+    constants = {
+        **linear.format_constants(format),
+        **linear.tile_constants(tiles),
+        "HAS_ZEROS": not format.symmetric,
+        "HAS_OUTLIERS": everything,
+        "HAS_BIAS": True,
+        "HAS_RESIDUAL": everything,
+        "QUANTIZED": quantized,
+        "HAS_TOKEN_ZEROS": everything and quantized,
+        "ACTIVATION": "gelu_tanh" if everything and quantized else "gelu" if everything else "",
+        "WHOLE": not everything,
+    }
+    warps = constants.pop("num_warps")
+    return built(device.packed_linear, signature(inputs), constants, warps, tiles.stages)
+
+
+def built(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int = 4, stages: int = 3) -> Any:
+    """A kernel compiled for an H100, with all pointers on 16 bytes, and rows and columns in multiples of 16."""
+    names = kernel.arg_names
+    aligned = [name for name in names if types.get(name, "").startswith("*") or name in ("row_count", "column_count")]
+    source = triton.compiler.ASTSource(
+        kernel,
+        {name: types.get(name, "constexpr") for name in names},
+        constants,
+        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def small_kernels() -> dict[str, Any]:
+    """The other kernels, by what they do."""
+    counts = dict.fromkeys(("count", "table_rows", "columns", "row_bytes", "groups"), "i32")
+    table = {"codes": "*u8", "scales": "*fp32", "zeros": "*fp32", "ids": "*i64", "output": "*fp16", **counts}
+    found = {}
+    for text in ("affine3:group128:asym", "ternary:row:base3"):
+        format = WeightFormat.parse(text)
+        constants = {**rows.format_constants(format), "HAS_ZEROS": not format.symmetric, "HAS_IDS": True}
+        blocks = {"BLOCK_ROWS": rows.BLOCK_ROWS, "BLOCK_COLUMNS": rows.BLOCK_COLUMNS}
+        found[f"unpack rows of {text}"] = built(device_rows.unpack_rows, table, {**constants, **blocks})
+    sparse = {"output": "*fp32", "values": "*fp16", "outlier_columns": "*u16", "row_offsets": "*i32", "ids": "*i64"}
+    found["scatter outliers"] = built(
+        *(device_rows.scatter_outliers, {**sparse, "table_rows": "i32", "columns": "i32"}),
+        {"REPLACE": False, "HAS_IDS": True, "BLOCK": rows.BLOCK_OUTLIERS},
+    )
+    floats = dict.fromkeys(("scales", "zeros", "token_scales"), "*fp32")
+    found["round tokens"] = built(
+        *(device_rounding.round_tokens, {"input": "*fp16", "output": "*i8", "columns": "i32", **floats}),
+        {"LEVELS": 256, "DYNAMIC": True, "HAS_ZEROS": True, "BLOCK": rounding.BLOCK},
+    )
+    return found
+
+
+def machine_code(kernel: Any) -> tuple[list[tuple[str, str]], dict[str, int]]:
+    """Instructions with their operands, loop labels as ``(":", label)``, and what the compiler says of resources."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia
+        listing = subprocess.run([tool.nvdisasm.path, "-c", file.name], capture_output=True, text=True, check=True)
+        usage = subprocess.run(
+            [tool.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    found = []
+    for line in listing.stdout.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            found.append((":", label[1]))
+        elif operation := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)\s?(.*)", line):
+            found.append((operation[1], operation[2]))
+    resources = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage.stdout)}
+    return found, resources
+
+
+def main_loop(code: list[tuple[str, str]]) -> list[str]:
+    """Names of the instructions of the longest loop."""
+    labels = {operand: at for at, (name, operand) in enumerate(code) if name == ":"}
+    longest: list[tuple[str, str]] = []
+    for at, (name, operand) in enumerate(code):
+        target = re.search(r"\.L_x_\d+", operand)
+        if name.startswith("BRA") and target and (start := labels.get(target[0], at)) < at:
+            longest = max(longest, code[start : at + 1], key=len)
+    return [name for name, _ in longest if name != ":"]
+
+
+def row_of(text: str, inputs: str, tokens: int, everything: bool) -> dict[str, Any]:
+    """What one kernel is made of."""
+    format = WeightFormat.parse(text)
+    tiles = tables.default_tiles(tokens, ROWS, COLUMNS, tables.planes_of(format))
+    kernel = compiled(text, inputs, tiles, everything)
+    code, resources = machine_code(kernel)
+    loop = main_loop(code)
+    kinds = collections.Counter(name.split(".")[0] for name in loop)
+    loads = [name for name in loop if name.startswith(("LDGSTS", "LDG.", "LDL"))]
+    return {
+        "format": text,
+        "inputs": inputs,
+        "tokens": tokens,
+        "tile": f"{tiles.rows}x{tiles.tokens}/{tiles.split}, {tiles.warps} warps, {tiles.stages} stages",
+        "registers": resources["REG"],
+        "spilled": resources["STACK"],
+        "shared": kernel.metadata.shared,
+        "loads": " ".join(sorted(set(loads))),
+        "product": next((name for name in MATRIX if kinds[name]), "none"),
+        "per_weight": len(loop) / (tiles.rows * 128 / (32 * tiles.warps)),
+    }
+
+
+def main() -> None:
+    """Print a line for each kernel."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--inputs", default="float16,bfloat16,int8")
+    parser.add_argument("--tokens", default="1,64,512")
+    parser.add_argument("--everything", default="", help="formats to compile with all that a call may have, as well")
+    parser.add_argument("--small", action="store_true", help="the other kernels as well")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each kernel, in place of a table")
+    options = parser.parse_args()
+    if not options.json:
+        print("| format | inputs | tokens | tile | registers | spilled | shared | loads | product | per weight |")
+        print("|---|---|---|---|---|---|---|---|---|---|")
+    asked = [(text, False) for text in options.formats.split(",")]
+    asked += [(text, True) for text in filter(None, options.everything.split(","))]
+    for text, everything in asked:
+        for inputs in options.inputs.split(","):
+            for tokens in map(int, options.tokens.split(",")):
+                row = row_of(text, inputs, tokens, everything)
+                if not options.json:
+                    row["per_weight"] = f"{row['per_weight']:.1f}"
+                print(json.dumps(row) if options.json else f"| {' | '.join(map(str, row.values()))} |", flush=True)
+    for name, kernel in small_kernels().items() if options.small else ():
+        resources = machine_code(kernel)[1]
+        row = {"kernel": name, "registers": resources["REG"], "spilled": resources["STACK"]}
+        print(
+            json.dumps(row) if options.json else ", ".join(f"{key} {value}" for key, value in row.items()), flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
