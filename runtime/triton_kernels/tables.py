@@ -51,12 +51,12 @@ H100: _Table = (
     (UNPACKED_FROM, (128, 128, 8, 3)),
 )
 H100_PLANES: _Table = ((FEW, (64, 16, 4, 4)), (32, (64, 32, 4, 4)), (UNPACKED_FROM, (128, 64, 8, 3)))
-"""For formats of several planes, which add up several products: larger tiles would spill."""
+"""For formats that add up several products: larger tiles would spill."""
 
 
 def planes_of(format: WeightFormat) -> int:
-    """How many products a weight of this format takes."""
-    return format.bits if format.scheme is Scheme.BCQ else 1
+    """How many products a weight of this format takes: one for each plane, and one for zero points."""
+    return format.bits if format.scheme is Scheme.BCQ else 1 if format.symmetric else 2
 
 
 def default_tiles(
