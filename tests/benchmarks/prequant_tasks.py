@@ -59,7 +59,7 @@ TASKS = {
     "sst2": Setup("glue/SST-2"),
     "cola": Setup("glue/CoLA"),
     "stsb": Setup("glue/STS-B"),
-    "squad": Setup(SQUAD, 256, "bfloat16", lora=(2e-3, 3e-3), prequant=(6e-3, 6e-3)),
+    "squad": Setup(SQUAD, 256, "bfloat16", 3e-4, lora=(2e-3, 3e-3), prequant=(6e-3, 6e-3)),
 }
 OUTLIERS = 0.0125
 BIAS_RATES = (6e-3, 3e-3)
