@@ -24,6 +24,11 @@ they would wait for the page tables."""
 POOL = 16 * LARGE_PAGE
 """Bytes of which panels are allotted: most are smaller than a large page."""
 
+RETURN_EVERY = 16
+"""Batches after which work on batches of many lengths calls :func:`return_freed_memory`. Each length leaves holes in
+the heap between what stays: training on long texts would grow to several times what it needs.
+"""
+
 _PAGE_OUT = 21  # MADV_PAGEOUT
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from prequant.runtime.memory import return_freed_memory
+from prequant.runtime.memory import RETURN_EVERY, return_freed_memory
 
 Collator = Callable[[list[dict[str, Any]]], Any]
 
@@ -29,10 +29,6 @@ class Limits:
 
     max_length: int = 128
     batch_size: int = 64
-
-
-RETURN_EVERY = 16
-"""Batches after which freed memory goes back to the system."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ class Reader:
             ):
                 numbers = order[start : start + size]
                 yield numbers, make([read[int(i)] for i in numbers]).to(device)
-                if start // size % RETURN_EVERY == RETURN_EVERY - 1:  # holes between what stays would add up
+                if start // size % RETURN_EVERY == RETURN_EVERY - 1:
                     return_freed_memory()
 
     def outputs(self, rows: Dataset, names: Sequence[str]) -> dict[str, list[np.ndarray]]:

@@ -20,7 +20,7 @@ from transformers import (
     set_seed,
 )
 
-from prequant.runtime.memory import return_freed_memory
+from prequant.runtime.memory import RETURN_EVERY, return_freed_memory
 from prequant.tasks import Collator
 
 from .batches import Batches, steps_of
@@ -177,17 +177,11 @@ class _AfterStep(TrainerCallback):
 
 
 class _ReturnMemory(TrainerCallback):
-    """Gives freed memory back every few steps.
-
-    Batches of other lengths leave holes in the heap between what stays: a training on long texts would grow to several
-    times what it needs.
-    """
-
-    every = 16
+    """Gives freed memory back every few steps."""
 
     def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """Behind the optimizer's step."""
-        if state.global_step % self.every == 0:
+        if state.global_step % RETURN_EVERY == 0:
             return_freed_memory()
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import onnx_ir as ir
 
-from .builder import Builder, rank_of, stored
+from .builder import Array, Builder, rank_of, stored
 from .grid import Grid
 
 
@@ -16,7 +18,7 @@ def corrected_linear(builder: Builder, grid: Grid, input: ir.Value, result: ir.V
         sums = _group_sums(builder, grid, input)
         added = builder.op("MatMul", sums, builder.op("Transpose", offset, perm=[1, 0]))
         result = builder.op("Add", result, added)
-    if grid.outliers is not None:
+    if grid.outliers is not None and len(grid.outliers.values):
         result = builder.op("Add", result, _sparse_product(builder, grid, input))
     return result
 
@@ -39,12 +41,9 @@ def _group_sums(builder: Builder, grid: Grid, input: ir.Value) -> ir.Value:
 def _csr(builder: Builder, grid: Grid) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Values float32, columns int64, row offsets int64. They are stored as narrow as the Program has them."""
     assert grid.outliers is not None
-    values = stored(builder, f"{grid.name}.outliers.values", grid.outliers.values)
-    columns = stored(builder, f"{grid.name}.outliers.columns", grid.outliers.columns)
-    offsets = stored(builder, f"{grid.name}.outliers.row_offsets", grid.outliers.row_offsets)
-    if grid.outliers.values.dtype != np.float32:
-        values = builder.op("Cast", values, to=ir.DataType.FLOAT)
-    columns, offsets = (builder.op("Cast", part, to=ir.DataType.INT64) for part in (columns, offsets))
+    values = _cast(builder, f"{grid.name}.outliers.values", grid.outliers.values, ir.DataType.FLOAT)
+    columns = _cast(builder, f"{grid.name}.outliers.columns", grid.outliers.columns, ir.DataType.INT64)
+    offsets = _cast(builder, f"{grid.name}.outliers.row_offsets", grid.outliers.row_offsets, ir.DataType.INT64)
     return values, columns, offsets
 
 
@@ -62,20 +61,48 @@ def _row_of_each(builder: Builder, ends: ir.Value, count: ir.Value) -> ir.Value:
 def _sparse_product(builder: Builder, grid: Grid, input: ir.Value) -> ir.Value:
     """``input @ outliers.T``: columns of the input, each times its value, are summed up by row.
 
-    Tokens lie along the last axis meanwhile, so that each step goes over whole rows of memory.
+    Rows with about as many outliers are reduced together, filled up with zeros to a power of two. A ScatterND that adds
+    would need no filling, but ONNX Runtime's threads lose sums where several go to one row. Tokens lie along the last
+    axis meanwhile, so that each step goes over whole rows of memory.
     """
     assert grid.outliers is not None
-    values, columns, offsets = _csr(builder, grid)
-    count = builder.constant([len(grid.outliers.values)])
-    rows = _row_of_each(builder, builder.op("Slice", offsets, *_from(builder, 1)), count)
     tokens = builder.op("Transpose", builder.reshape(input, [-1, grid.columns]), perm=[1, 0])
-    taken = builder.op("Mul", builder.op("Gather", tokens, columns, axis=0), builder.reshape(values, [-1, 1]))
+    name = f"{grid.name}.outliers"
+    sums, rows = [], []
+    for width, members, positions, filled in _rows_by_count(grid.outliers.row_offsets):
+        columns = _cast(builder, f"{name}.{width}.columns", grid.outliers.columns[positions], ir.DataType.INT64)
+        values = np.where(filled, grid.outliers.values[positions], grid.outliers.values.dtype.type(0))[..., None]
+        factors = _cast(builder, f"{name}.{width}.values", values, ir.DataType.FLOAT)
+        sums.append(builder.sum(builder.op("Mul", builder.op("Gather", tokens, columns, axis=0), factors), 1))
+        rows.append(members)
     shape = builder.op("Concat", builder.constant([grid.rows]), builder.op("Shape", tokens, start=1), axis=0)
     zeros = builder.op("ConstantOfShape", shape, value=ir.tensor(np.zeros(1, np.float32)))
-    summed = builder.op("ScatterND", zeros, builder.reshape(rows, [-1, 1]), taken, reduction="add")
+    narrow = np.uint16 if grid.rows <= 1 << 16 else np.int32
+    where = _cast(builder, f"{name}.rows", np.concatenate(rows).astype(narrow)[:, None], ir.DataType.INT64)
+    summed = builder.op("ScatterND", zeros, where, builder.op("Concat", *sums, axis=0))
     result = builder.op("Transpose", summed, perm=[1, 0])
     leading = builder.op("Shape", input, end=-1)
     return builder.op("Reshape", result, builder.op("Concat", leading, builder.constant([grid.rows]), axis=0))
+
+
+def _rows_by_count(row_offsets: Array) -> Iterator[tuple[int, Array, Array, Array]]:
+    """For each power of two: it; the rows with so many outliers or fewer, but more than half as many; where their
+    outliers stand, ``[rows, power]``, the last of a row again and again where it has no more; and which are not again.
+    """
+    starts, counts = row_offsets[:-1].astype(np.int64), np.diff(row_offsets.astype(np.int64))
+    width = 1
+    while width < 2 * counts.max():
+        rows = np.flatnonzero((counts > width // 2) & (counts <= width))
+        if len(rows):
+            slots, own = np.arange(width), counts[rows, None]
+            yield width, rows, starts[rows, None] + np.minimum(slots, own - 1), slots < own
+        width *= 2
+
+
+def _cast(builder: Builder, name: str, array: Array, dtype: ir.DataType) -> ir.Value:
+    """An array that is stored as narrow as it is."""
+    value = stored(builder, name, array)
+    return value if value.dtype is dtype else builder.op("Cast", value, to=dtype)
 
 
 def _from(builder: Builder, start: int) -> tuple[ir.Value, ir.Value, ir.Value]:

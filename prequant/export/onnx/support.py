@@ -65,6 +65,6 @@ def support_table() -> Table:
         for row in rows:
             table.add_row(f"{what}: {row.what}", row.qdq, row.matmulnbits)
         if what == "outliers":
-            table.add_row(what, *["a sparse product beside, Gather and ScatterND"] * 2)
+            table.add_row(what, *["a sparse product beside, Gather and ReduceSum"] * 2)
     table.caption = f"No form: {NEVER}."
     return table

@@ -105,9 +105,9 @@ def run(path: Path, feed: Mapping[str, Any], level: int = 0) -> dict[str, np.nda
     return dict(zip((item.name for item in running.get_outputs()), running.run(None, given), strict=True))
 
 
-def session(path: Path, level: int = 0) -> Any:
+def session(path: Path, level: int = 0, threads: int = 1) -> Any:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(level))
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
