@@ -165,7 +165,7 @@ def _packed_linear_backward(ctx: Any, needs: Needs, gradient: Tensor) -> Gradien
 
     to_scale = to_zero_point = to_values = to_bias = None
     if needs[2] or needs[3] or needs[4]:
-        seen = reference.quantized_input(input, effective_scale, input_zero, ctx.input_format)
+        seen = ops.quantized_input(input, effective_scale, input_zero, ctx.input_format)
         to_weight = _matrix(gradient).transpose(0, 1) @ _matrix(seen)
         if needs[2] or needs[3]:
             dense, format = _dense_gradient(to_weight, outliers), WeightFormat.parse(ctx.format)

@@ -323,3 +323,14 @@ add_outliers = torch.ops.prequant.add_outliers.default
 packed_linear = torch.ops.prequant.packed_linear.default
 packed_linears = torch.ops.prequant.packed_linears.default
 packed_embedding = torch.ops.prequant.packed_embedding.default
+
+
+def quantized_input(
+    input: Tensor, scale: Tensor | None, zero_point: Tensor | None, format: WeightFormat | None
+) -> Tensor:
+    """:func:`reference.quantized_input`, by way of the ops: they take backends."""
+    if format is None:
+        return input
+    if scale is None:
+        scale = dynamic_scale(input, format=str(format))
+    return fake_quantize(input, scale, zero_point, format=str(format))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import Backend, register_backend, unregister_backend
-from ..formats import WeightFormat
+from ..formats import Granularity, Scheme, WeightFormat
 from . import availability
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -29,6 +29,23 @@ def _accepts_linear(format: WeightFormat, input: Tensor, codes: Tensor, scale: T
 def _accepts_rows(format: WeightFormat, first: Tensor, *operands: Any) -> bool:
     scale = next(tensor for tensor in operands if isinstance(tensor, Tensor) and tensor.is_floating_point())
     return scale.dtype in FLOATS and availability.run_on(first.device)
+
+
+def _accepts_rounding(format: WeightFormat, input: Tensor, scale: Tensor, zero_point: Tensor | None) -> bool:
+    operands = [input, scale] if zero_point is None else [input, scale, zero_point]
+    fits = zero_point is None or zero_point.shape == scale.shape
+    taken = all(tensor.dtype in FLOATS for tensor in operands) and input.numel() > 0
+    return fits and taken and availability.run_on(input.device)
+
+
+def _accepts_rounding_gradients(format: WeightFormat, gradient: Tensor, *operands: Any) -> bool:
+    return gradient.dtype in FLOATS and _accepts_rounding(format, *operands[:3])
+
+
+def _accepts_dynamic_scale(format: WeightFormat, input: Tensor) -> bool:
+    # The reference says what is wrong with other formats.
+    taken = format.scheme is Scheme.AFFINE and format.symmetric and format.granularity is not Granularity.GROUP
+    return taken and input.dtype in FLOATS and input.numel() > 0 and availability.run_on(input.device)
 
 
 def _kernel(module: str, name: str) -> Callable[..., Any]:
@@ -46,6 +63,10 @@ _KERNELS = (
     ("packed_linear", _accepts_linear, _kernel("linear", "packed_linear")),
     ("packed_embedding", _accepts_rows, _kernel("rows", "packed_embedding")),
     ("dequantize", _accepts_rows, _kernel("rows", "dequantize")),
+    ("quantize", _accepts_rounding, _kernel("simulated", "quantize")),
+    ("fake_quantize", _accepts_rounding, _kernel("simulated", "fake_quantize")),
+    ("fake_quantize_gradients", _accepts_rounding_gradients, _kernel("simulated", "fake_quantize_gradients")),
+    ("dynamic_scale", _accepts_dynamic_scale, _kernel("simulated", "dynamic_scale")),
 )
 
 CUDA = tuple(Backend("triton", op, "cuda", accepts, kernel) for op, accepts, kernel in _KERNELS)

@@ -12,7 +12,7 @@ import triton
 import triton.testing
 from torch import Tensor
 
-from .. import reference
+from .. import ops, reference
 from ..formats import Granularity, Scheme, WeightFormat
 from ..reference import Outliers
 from . import prepared, tables, tuning, workspace
@@ -55,13 +55,13 @@ def packed_linear(
     integers = input_format is not None and _takes_integers(input_format, columns)
     if not has_layout(format) or tokens >= _unpacked_from(input.dtype, integers):
         dense = unpacked(*weight, input.dtype)
-        quantization = (input_scale, input_zero_point, input_format)
-        return reference.unpacked_linear(dense, input, bias, *quantization, activation, residual)
+        seen = ops.quantized_input(input, input_scale, input_zero_point, input_format)
+        return reference.unpacked_linear(dense, seen, bias, None, None, None, activation, residual)
     token_scales = token_zeros = None
     if integers and input_format is not None:
         seen, token_scales, token_zeros = rounded_tokens(input, input_scale, input_zero_point, input_format)
     else:
-        seen = reference.quantized_input(input, input_scale, input_zero_point, input_format).contiguous()
+        seen = ops.quantized_input(input, input_scale, input_zero_point, input_format).contiguous()
     output = input.new_empty((*input.shape[:-1], rows))
     run = partial(launch, *weight, seen, token_scales, token_zeros, bias, activation, residual, output)
     run(tiles_for(format, rows, seen, run))

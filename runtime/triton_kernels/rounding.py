@@ -10,6 +10,7 @@ from .. import reference
 from ..formats import Granularity, WeightFormat
 from . import workspace
 from .device import rounding as device
+from .simulated import dynamic_scale
 
 BLOCK = 4096
 """Columns that a program has in registers at once."""
@@ -24,7 +25,7 @@ def rounded_tokens(
     columns = input.shape[-1]
     tokens = input.numel() // columns
     if scale is None and format.granularity is Granularity.TENSOR:
-        scale = reference.dynamic_scale(input, format)
+        scale = dynamic_scale(format, input)
     input = input.contiguous()
     codes = torch.empty_like(input, dtype=torch.int8)
     scales = torch.empty(tokens, dtype=torch.float32, device=input.device)

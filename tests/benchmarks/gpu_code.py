@@ -16,18 +16,21 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # read when the kernels are imported
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
 from prequant.runtime import WeightFormat
-from prequant.runtime.triton_kernels import linear, rounding, rows, tables
+from prequant.runtime.triton_kernels import linear, rounding, rows, simulated, tables
 from prequant.runtime.triton_kernels.device import linear as device
 from prequant.runtime.triton_kernels.device import rounding as device_rounding
 from prequant.runtime.triton_kernels.device import rows as device_rows
+from prequant.runtime.triton_kernels.device import simulated as device_simulated
 
 ROWS, COLUMNS = 14336, 4096
 FORMATS = (
@@ -71,15 +74,22 @@ def compiled(text: str, inputs: str, tiles: tables.Tiles, everything: bool = Fal
     return built(device.packed_linear, signature(inputs), constants, warps, tiles.stages)
 
 
-def built(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int = 4, stages: int = 3) -> Any:
-    """A kernel compiled for an H100, with all pointers on 16 bytes, and rows and columns in multiples of 16."""
+def built(
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    warps: int = 4,
+    stages: int = 3,
+    aligned: Sequence[str] = ("row_count", "column_count"),
+) -> Any:
+    """A kernel compiled for an H100, with all pointers on 16 bytes, and the counts ``aligned`` in multiples of 16."""
     names = kernel.arg_names
-    aligned = [name for name in names if types.get(name, "").startswith("*") or name in ("row_count", "column_count")]
+    sixteen = [name for name in names if types.get(name, "").startswith("*") or name in aligned]
     source = triton.compiler.ASTSource(
         kernel,
         {name: types.get(name, "constexpr") for name in names},
         constants,
-        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in sixteen},
     )
     options = {"num_warps": warps, "num_stages": stages}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -104,6 +114,43 @@ def small_kernels() -> dict[str, Any]:
     found["round tokens"] = built(
         *(device_rounding.round_tokens, {"input": "*fp16", "output": "*i8", "columns": "i32", **floats}),
         {"LEVELS": 256, "DYNAMIC": True, "HAS_ZEROS": True, "BLOCK": rounding.BLOCK},
+    )
+    return found | rounding_kernels()
+
+
+def rounding_kernels() -> dict[str, Any]:
+    """Those of the simulated ops, on a bfloat16 weight with groups, and on a float32 one whose scales have a tensor."""
+    found = {}
+    for text, inputs in (("affine4:group128:asym", "*bf16"), ("ternary:tensor", "*fp32")):
+        format = WeightFormat.parse(text)
+        weight = torch.empty(ROWS, COLUMNS, device="meta")
+        scale = torch.empty(format.scale_shape(ROWS, COLUMNS), device="meta")
+        segments = simulated.Segments.of(weight, format.group_size, scale.numel() == 1)
+        constants = simulated.format_constants(format, scale, None if format.symmetric else scale)
+        counts = dict.fromkeys(("count", "elements", "columns", "size", "groups", "row_stride"), "i32")
+        types = {**dict.fromkeys(("scales", "zeros", "to_scale", "to_zero"), "*fp32"), **counts}
+        types |= dict.fromkeys(("input", "output", "gradient", "to_input"), inputs)
+        shape = {**constants, **simulated.shape_constants(segments)}
+        needs = {"TO_INPUT": True, "TO_SCALE": True, "TO_ZERO": not format.symmetric}
+        aligned = ("elements", "columns", "size")
+        found[f"fake quantize to {text}"] = built(device_simulated.fake_quantize, types, shape, aligned=aligned)
+        gradients = built(device_simulated.fake_quantize_gradients, types, {**shape, **needs}, aligned=aligned)
+        found[f"gradients of fake quantize to {text}"] = gradients
+        counts = dict.fromkeys(("count", "columns", "units", "row_bytes", "row_stride"), "i32")
+        codes = {**types, **counts, "output": "*u8", "strange": "*i32"}
+        del constants["TINY"]
+        units = {
+            **simulated.unit_constants(format),
+            "BITS": format.bits,
+            "BASE3": format.base3,
+            "GROUP": format.group_size,
+        }
+        found[f"quantize to {text}"] = built(device_simulated.quantize, codes, {**constants, **units}, aligned=aligned)
+    tokens = simulated.Segments.of(weight, 0, False)
+    found["dynamic scales"] = built(
+        *(device_simulated.largest, {**types, "output": "*fp32"}),
+        {"LEVELS": 256, "SCALE": True, "FLAT": False, **tokens.blocks()},
+        aligned=aligned,
     )
     return found
 

@@ -13,6 +13,13 @@ def round_half_even(x):
 
 
 @triton.jit
+def covering_scale(extent, LEVELS: tl.constexpr):
+    """``reference.dynamic_scale`` of what reaches as far as ``extent``; not finite where that is not."""
+    scale = tl.div_rn(extent, tl.full(extent.shape, LEVELS // 2 - 1.0, tl.float32))
+    return tl.where(scale < 1.1754943508222875e-38, 1.0, scale)  # no smaller than a normal number
+
+
+@triton.jit
 def round_tokens(
     input,
     scales,
@@ -38,11 +45,7 @@ def round_tokens(
         x = tl.load(input + token * columns + places, mask=places < columns, other=0.0).to(tl.float32)
         extent = tl.maximum(extent, tl.max(tl.abs(x), axis=0))
         strange = tl.maximum(strange, tl.max((x != x).to(tl.int32), axis=0))
-    if DYNAMIC:
-        scale = tl.div_rn(extent, HALF - 1.0)
-        scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)  # no smaller than a normal number
-    else:
-        scale = tl.load(scales + token)
+    scale = covering_scale(extent, LEVELS) if DYNAMIC else tl.load(scales + token)
     scale = tl.where(strange > 0, float("nan"), scale)
     tl.store(token_scales + token, scale)
     zero = HALF * 1.0
