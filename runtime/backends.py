@@ -6,6 +6,8 @@ arguments that ``checks.py`` has passed (shapes, types, device), the same as the
 
     quantize          (format, input, scale, zero_point)
     dequantize        (format, codes, scale, zero_point, columns, dtype)        bcq included
+    dequantize_gradients (format, gradient, codes, scale, zero_point, needs)
+                      a list of the gradients that ``needs`` says
     fake_quantize     (format, input, scale, zero_point)
     fake_quantize_gradients (format, gradient, input, scale, zero_point, scale_gradient, needs)
                       a list of the gradients that ``needs`` says
@@ -37,6 +39,7 @@ Result = TypeVar("Result")
 OPS = (
     "quantize",
     "dequantize",
+    "dequantize_gradients",
     "fake_quantize",
     "fake_quantize_gradients",
     "dynamic_scale",

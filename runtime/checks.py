@@ -119,6 +119,18 @@ def rounding_gradients(
         raise FormatError(f"{format} has no zero point that takes a gradient")
 
 
+def unpacking_gradients(
+    format: WeightFormat, gradient: Tensor, codes: Tensor, zero_point: Tensor | None, needs: Sequence[bool]
+) -> None:
+    """Check what the gradients of ``dequantize`` take beside a weight that fits, and that there are those needed."""
+    if gradient.dim() != 2 or gradient.shape[0] != codes.shape[-2]:
+        raise FormatError(f"a gradient {list(gradient.shape)} does not fit codes {list(codes.shape)}")
+    if len(needs) != 2:
+        raise FormatError(f"needs are those of scale and zero point, not {list(needs)}")
+    if needs[1] and (format.scheme is not Scheme.AFFINE or zero_point is None):
+        raise FormatError(f"{format} has no zero point that takes a gradient")
+
+
 def activation_format(text: str, input: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> WeightFormat | None:
     """Parse the format of a matmul's input (None for ``""``), and check its scale (None: dynamic)."""
     if not text:

@@ -36,12 +36,39 @@ def _dequantize_setup(ctx: Any, needs: Needs, arguments: Arguments, options: dic
 
 def _dequantize_backward(ctx: Any, needs: Needs, gradient: Tensor) -> Gradients:
     codes, scale, zero_point = ctx.saved_tensors
-    return None, *reference.dequantize_gradients(gradient, codes, scale, zero_point, ctx.format, (needs[1], needs[2]))
+    return None, *_unpacking_gradients(gradient, codes, scale, zero_point, ctx.format, (needs[1], needs[2]))
 
 
 def _dequantize_bcq_backward(ctx: Any, needs: Needs, gradient: Tensor) -> Gradients:
     planes, alphas = ctx.saved_tensors
-    return None, reference.dequantize_gradients(gradient, planes, alphas, None, ctx.format)[0]
+    return None, _unpacking_gradients(gradient, planes, alphas, None, ctx.format, (needs[1], False))[0]
+
+
+def _unpacking_gradients(
+    gradient: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    format: WeightFormat,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """``reference.dequantize_gradients``, by way of the op: it takes backends."""
+    asked = (needs[0], needs[1] and zero_point is not None and format.scheme is Scheme.AFFINE)
+    found: Iterator[Tensor] = iter(())
+    if any(asked):
+        operands = (gradient, codes, scale, zero_point)
+        found = iter(ops.dequantize_gradients(*operands, format=str(format), needs=asked))
+    to_scale, to_zero_point = (next(found) if each else None for each in asked)
+    return to_scale, to_zero_point
+
+
+def _dequantize_gradients(
+    gradient: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, *, format: str, needs: Needs
+) -> list[Tensor]:
+    """In torch ops, whose gradients are known: second derivatives come from them."""
+    options = (WeightFormat.parse(format), (needs[0], needs[1]))
+    found = reference.dequantize_gradients(gradient, codes, scale, zero_point, *options)
+    return [part for part in found if part is not None]
 
 
 def _fake_quantize_setup(ctx: Any, needs: Needs, arguments: Arguments, options: dict[str, Any]) -> None:
@@ -170,7 +197,7 @@ def _packed_linear_backward(ctx: Any, needs: Needs, gradient: Tensor) -> Gradien
         if needs[2] or needs[3]:
             dense, format = _dense_gradient(to_weight, outliers), WeightFormat.parse(ctx.format)
             wanted = (needs[2], needs[3])
-            to_scale, to_zero_point = reference.dequantize_gradients(dense, codes, scale, zero_point, format, wanted)
+            to_scale, to_zero_point = _unpacking_gradients(dense, codes, scale, zero_point, format, wanted)
         if needs[4] and outliers is not None:
             to_values = _outlier_gradient(to_weight, outliers)
         del to_weight
@@ -179,7 +206,8 @@ def _packed_linear_backward(ctx: Any, needs: Needs, gradient: Tensor) -> Gradien
 
     to_input = to_input_scale = to_input_zero = None
     if needs[0] or needs[9] or needs[10]:
-        weight = ops.dequantize(codes, scale, zero_point, format=ctx.format, columns=ctx.columns)
+        dtype = gradient.dtype if outliers is None else None  # outliers come to a weight that is not rounded yet
+        weight = ops.dequantize(codes, scale, zero_point, format=ctx.format, columns=ctx.columns, dtype=dtype)
         if outliers is not None:
             weight = ops.add_outliers(weight, values, columns, row_offsets, replace=ctx.replace)
         to_input = gradient @ weight.to(gradient.dtype)
@@ -236,7 +264,7 @@ def _packed_embedding_backward(ctx: Any, needs: Needs, gradient: Tensor) -> Grad
     if needs[2] or needs[3]:
         taken = [reference.taken_scales(rows, t, ctx.format) for t in (scale, zero_point)]
         codes, dense, wanted = codes.index_select(-2, rows), gradient[:-1], (needs[2], needs[3])
-        parts = reference.dequantize_gradients(dense, codes, taken[0], taken[1], ctx.format, wanted)
+        parts = _unpacking_gradients(dense, codes, taken[0], taken[1], ctx.format, wanted)
         to_scale, to_zero_point = (
             None if part is None or whole is None else _spread_by_row(part, rows, whole, ctx.format)
             for part, whole in zip(parts, (scale, zero_point), strict=True)
@@ -254,7 +282,10 @@ def _summed_by_row(rows: Tensor, gradient: Tensor, table_rows: int) -> tuple[Ten
     n = rows.shape[0]
     order = torch.arange(n, device=rows.device)
     slots = torch.full((table_rows,), n, device=rows.device).scatter_reduce(0, rows.to(torch.int64), order, "amin")
-    return slots, gradient.new_zeros(n + 1, gradient.shape[-1]).index_add(0, slots[rows], gradient)
+    sums = gradient.new_zeros(n + 1, gradient.shape[-1])
+    if gradient.is_cuda:  # where index_add adds in any order, and this sorts first
+        return slots, sums.index_put((slots[rows],), gradient, accumulate=True)
+    return slots, sums.index_add(0, slots[rows], gradient)
 
 
 def _spread_by_row(part: Tensor, rows: Tensor, whole: Tensor, format: WeightFormat) -> Tensor:
@@ -266,6 +297,7 @@ def _spread_by_row(part: Tensor, rows: Tensor, whole: Tensor, format: WeightForm
 
 register_gradient("dequantize", _dequantize_setup, _dequantize_backward)
 register_gradient("dequantize_bcq", _dequantize_setup, _dequantize_bcq_backward)
+register_composite("dequantize_gradients", _dequantize_gradients)
 register_gradient("fake_quantize", _fake_quantize_setup, _fake_quantize_backward)
 register_composite("fake_quantize_gradients", _fake_quantize_gradients)
 register_gradient("scale_gradient", _scale_gradient_setup, _scale_gradient_backward)

@@ -28,6 +28,8 @@ _SCHEMAS = {
     "dequantize": "(Tensor codes, Tensor scale, Tensor? zero_point, *, str format, int columns, "
     "ScalarType? dtype=None) -> Tensor",
     "dequantize_bcq": "(Tensor planes, Tensor alphas, *, str format, int columns, ScalarType? dtype=None) -> Tensor",
+    "dequantize_gradients": "(Tensor gradient, Tensor codes, Tensor scale, Tensor? zero_point, *, str format, "
+    "bool[] needs) -> Tensor[]",
     "fake_quantize": "(Tensor input, Tensor scale, Tensor? zero_point, *, str format, bool clipped=True, "
     "bool scale_gradient=True) -> Tensor",
     "fake_quantize_gradients": "(Tensor gradient, Tensor input, Tensor scale, Tensor? zero_point, *, str format, "
@@ -93,6 +95,38 @@ def _dequantize_bcq(
     planes: Tensor, alphas: Tensor, *, format: str, columns: int, dtype: torch.dtype | None = None
 ) -> Tensor:
     return _dequantize(planes, alphas, None, format=format, columns=columns, dtype=dtype)
+
+
+def _dequantize_gradients(
+    gradient: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    *,
+    format: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    if codes.dim() > 2 and (parsed := _parse(format)).scheme is not Scheme.BCQ:
+        rows: Any = checks.as_rows(parsed, codes, scale, zero_point)
+        found = _dequantize_gradients(gradient.flatten(0, -2), *rows, format=format, needs=needs)
+        return [part.reshape(scale.shape) for part in found]
+    parsed = checks.weight_format(format, gradient.shape[-1], codes, scale, zero_point)
+    checks.unpacking_gradients(parsed, gradient, codes, zero_point, needs)
+    operands = (gradient, codes, scale, zero_point, needs)
+    return call("dequantize_gradients", _reference_dequantize_gradients, parsed, *operands)
+
+
+def _reference_dequantize_gradients(
+    format: WeightFormat,
+    gradient: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    to_scale, to_zero_point = needs
+    found = reference.dequantize_gradients(gradient, codes, scale, zero_point, format, (to_scale, to_zero_point))
+    return [part.contiguous() for part in found if part is not None]
 
 
 def _fake_quantize(
@@ -288,6 +322,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "quantize": _quantize,
     "dequantize": _dequantize,
     "dequantize_bcq": _dequantize_bcq,
+    "dequantize_gradients": _dequantize_gradients,
     "fake_quantize": _fake_quantize,
     "fake_quantize_gradients": _fake_quantize_gradients,
     "dynamic_scale": _dynamic_scale,
@@ -314,6 +349,7 @@ def implement_on_cpu(name: str, kernel: Callable[..., Any]) -> None:
 quantize = torch.ops.prequant.quantize.default
 dequantize = torch.ops.prequant.dequantize.default
 dequantize_bcq = torch.ops.prequant.dequantize_bcq.default
+dequantize_gradients = torch.ops.prequant.dequantize_gradients.default
 fake_quantize = torch.ops.prequant.fake_quantize.default
 fake_quantize_gradients = torch.ops.prequant.fake_quantize_gradients.default
 dynamic_scale = torch.ops.prequant.dynamic_scale.default

@@ -29,6 +29,20 @@ def _(planes: Tensor, alphas: Tensor, *, format: str, columns: int, dtype: torch
     return alphas.new_empty((*planes.shape[1:-1], columns), dtype=dtype or alphas.dtype)
 
 
+@torch.library.register_fake("prequant::dequantize_gradients", lib=ops.library)
+def _(
+    gradient: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    *,
+    format: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    likes = (scale, scale if zero_point is None else zero_point)
+    return [like.new_empty(like.shape) for like, wanted in zip(likes, needs, strict=True) if wanted]
+
+
 @torch.library.register_fake("prequant::fake_quantize", lib=ops.library)
 def _(
     input: Tensor,

@@ -1,6 +1,7 @@
 // The operators torch.ops.prequant.* for a process without Python: registered when this library is loaded, under the
 // schemas of runtime/ops.py, which registers them in a process that has Python (one process takes one of the two). All
-// are for inference on the CPU; fake_quantize_gradients, which a backward alone calls, is not among them.
+// are for inference on the CPU; fake_quantize_gradients and dequantize_gradients, which a backward alone calls, are not
+// among them.
 
 #include <torch/library.h>
 

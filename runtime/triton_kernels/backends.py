@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import Backend, register_backend, unregister_backend
 from ..formats import Granularity, Scheme, WeightFormat
+from ..reference import Outliers
 from . import availability
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -48,10 +49,20 @@ def _accepts_dynamic_scale(format: WeightFormat, input: Tensor) -> bool:
     return taken and input.dtype in FLOATS and input.numel() > 0 and availability.run_on(input.device)
 
 
+def _accepts_unpacking_gradients(format: WeightFormat, gradient: Tensor, codes: Tensor, scale: Tensor, *_: Any) -> bool:
+    taken = gradient.dtype in FLOATS and scale.dtype in FLOATS and gradient.numel() > 0
+    return taken and availability.run_on(gradient.device)
+
+
+def _accepts_outliers(format: None, weight: Tensor, outliers: Outliers) -> bool:
+    # A weight in half precision would have its sum rounded otherwise.
+    return weight.dtype is torch.float32 and outliers.values.dtype in FLOATS and availability.run_on(weight.device)
+
+
 def _kernel(module: str, name: str) -> Callable[..., Any]:
     """A function of a module that imports Triton, once its tensors are known to be on one device."""
 
-    def call(format: WeightFormat, *operands: Any) -> Any:
+    def call(format: WeightFormat | None, *operands: Any) -> Any:
         checks.one_device(operands)
         function = getattr(importlib.import_module(f"{__package__}.{module}"), name)
         return function(format, *operands)
@@ -63,6 +74,8 @@ _KERNELS = (
     ("packed_linear", _accepts_linear, _kernel("linear", "packed_linear")),
     ("packed_embedding", _accepts_rows, _kernel("rows", "packed_embedding")),
     ("dequantize", _accepts_rows, _kernel("rows", "dequantize")),
+    ("dequantize_gradients", _accepts_unpacking_gradients, _kernel("gradients", "dequantize_gradients")),
+    ("add_outliers", _accepts_outliers, _kernel("rows", "add_outliers")),
     ("quantize", _accepts_rounding, _kernel("simulated", "quantize")),
     ("fake_quantize", _accepts_rounding, _kernel("simulated", "fake_quantize")),
     ("fake_quantize_gradients", _accepts_rounding_gradients, _kernel("simulated", "fake_quantize_gradients")),

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .. import reference
 from ..backends import records_gradients
 from ..formats import Scheme, WeightFormat
 from ..memory import version_of
 from ..reference import Outliers
 from .layout import arrange_codes, arrange_scales
+from .rows import unpacked, values_at
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,7 @@ def _differences(
 ) -> Sparse:
     values = outliers.values.detach().float()
     if outliers.replace:
-        at = outliers.positions()
-        dense = reference.dequantize(codes, scale.detach(), zero_point, format, columns)
-        values = values - dense.float()[at]
+        values = values - values_at(format, codes, scale.detach(), zero_point, outliers.positions())
     return Sparse(
         values.contiguous(),
         outliers.columns.to(torch.int32).contiguous(),
@@ -140,8 +138,8 @@ def row_sums(
 ) -> Tensor:
     """Sums of the rows of a weight, ``[rows]`` float32: what an input's zero point is multiplied by."""
     if scales.sums is None:
-        weight = reference.packed_weight(codes, scale.detach(), zero_point, outliers, format, columns)
-        scales.sums = weight.detach().sum(-1, dtype=torch.float64).float()
+        weight = unpacked(format, codes, scale.detach(), zero_point, outliers, columns, torch.float32)
+        scales.sums = weight.sum(-1, dtype=torch.float64).float()
     return scales.sums
 
 

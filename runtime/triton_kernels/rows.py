@@ -23,6 +23,8 @@ BLOCK_ROWS, BLOCK_COLUMNS = 4, 512
 
 BLOCK_OUTLIERS = 128
 
+BLOCK_VALUES = 512
+
 
 def unpacked(
     format: WeightFormat,
@@ -55,15 +57,48 @@ def unpacked(
             BLOCK_ROWS=BLOCK_ROWS,
             BLOCK_COLUMNS=min(triton.next_power_of_2(columns), BLOCK_COLUMNS),
         )
-        if sparse is not None:
-            device.scatter_outliers[(count,)](
-                *(output, sparse.values.contiguous(), sparse.columns.contiguous(), sparse.row_offsets.contiguous()),
-                *(codes if ids is None else ids, rows, columns),
-                REPLACE=sparse.replace,
-                HAS_IDS=ids is not None,
-                BLOCK=BLOCK_OUTLIERS,
-            )
+    if sparse is not None:
+        _scatter(output, sparse, rows, ids)
     return output.to(dtype)
+
+
+def values_at(
+    format: WeightFormat, codes: Tensor, scale: Tensor, zero_point: Tensor | None, positions: tuple[Tensor, Tensor]
+) -> Tensor:
+    """The elements of a weight at some rows and columns, int64 ``[n]`` each, in float32 ``[n]``."""
+    where = [part.contiguous() for part in positions]
+    output = torch.empty(where[0].shape, dtype=torch.float32, device=codes.device)
+    codes, scale = codes.contiguous(), scale.float().contiguous()
+    zeros = zero_point.float().contiguous() if zero_point is not None and format.scheme is Scheme.AFFINE else None
+    with workspace.on(codes.device):
+        device.values_at[(triton.cdiv(output.numel(), BLOCK_VALUES),)](
+            *(codes, scale, scale if zeros is None else zeros, *where, output),
+            *(output.numel(), codes.shape[-2], codes.shape[-1], scale.shape[-1]),
+            **format_constants(format),
+            HAS_ZEROS=zeros is not None,
+            BLOCK=BLOCK_VALUES,
+        )
+    return output
+
+
+def _scatter(output: Tensor, outliers: Outliers, rows: int, ids: Tensor | None) -> None:
+    """Put the outliers of a weight of so many rows into a contiguous float32 one, or into its rows ``ids``."""
+    with workspace.on(output.device):
+        device.scatter_outliers[(output.shape[0],)](
+            *(output, outliers.values.detach().contiguous(), outliers.columns.contiguous()),
+            *(outliers.row_offsets.contiguous(), outliers.row_offsets if ids is None else ids, rows, output.shape[1]),
+            REPLACE=outliers.replace,
+            HAS_IDS=ids is not None,
+            BLOCK=BLOCK_OUTLIERS,
+        )
+
+
+def add_outliers(format: None, weight: Tensor, outliers: Outliers) -> Tensor:
+    """See :func:`prequant.runtime.reference.add_outliers`, for a float32 weight."""
+    output = weight.clone(memory_format=torch.contiguous_format)
+    if output.numel() and outliers.values.numel():
+        _scatter(output, outliers, weight.shape[0], None)
+    return output if weight.is_contiguous() else torch.empty_like(weight).copy_(output)
 
 
 def format_constants(format: WeightFormat) -> dict[str, Any]:

@@ -26,7 +26,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from prequant.runtime import WeightFormat
-from prequant.runtime.triton_kernels import linear, rounding, rows, simulated, tables
+from prequant.runtime.triton_kernels import gradients, linear, rounding, rows, simulated, tables
+from prequant.runtime.triton_kernels.device import gradients as device_gradients
 from prequant.runtime.triton_kernels.device import linear as device
 from prequant.runtime.triton_kernels.device import rounding as device_rounding
 from prequant.runtime.triton_kernels.device import rows as device_rows
@@ -105,6 +106,11 @@ def small_kernels() -> dict[str, Any]:
         constants = {**rows.format_constants(format), "HAS_ZEROS": not format.symmetric, "HAS_IDS": True}
         blocks = {"BLOCK_ROWS": rows.BLOCK_ROWS, "BLOCK_COLUMNS": rows.BLOCK_COLUMNS}
         found[f"unpack rows of {text}"] = built(device_rows.unpack_rows, table, {**constants, **blocks})
+    places = {"rows": "*i64", "columns": "*i64", "output": "*fp32"}
+    found["values of a weight at some places"] = built(
+        *(device_rows.values_at, {**table, **places}),
+        {**rows.format_constants(format), "HAS_ZEROS": False, "BLOCK": rows.BLOCK_VALUES},
+    )
     sparse = {"output": "*fp32", "values": "*fp16", "outlier_columns": "*u16", "row_offsets": "*i32", "ids": "*i64"}
     found["scatter outliers"] = built(
         *(device_rows.scatter_outliers, {**sparse, "table_rows": "i32", "columns": "i32"}),
@@ -115,6 +121,17 @@ def small_kernels() -> dict[str, Any]:
         *(device_rounding.round_tokens, {"input": "*fp16", "output": "*i8", "columns": "i32", **floats}),
         {"LEVELS": 256, "DYNAMIC": True, "HAS_ZEROS": True, "BLOCK": rounding.BLOCK},
     )
+    for text in ("affine3:group128:asym", "bcq3:row"):
+        format = WeightFormat.parse(text)
+        segments = simulated.Segments.of(torch.empty(ROWS, COLUMNS, device="meta"), format.group_size, False)
+        names = ("count", "elements", "columns", "size", "groups", "row_stride", "table_rows", "row_bytes")
+        types = {**dict.fromkeys(("zeros", "to_scale", "to_zero"), "*fp32"), **dict.fromkeys(names, "i32")}
+        asked = {"TO_SCALE": True, "TO_ZERO": not format.symmetric, "RAGGED": False, **segments.blocks()}
+        found[f"gradients of dequantize of {text}"] = built(
+            *(device_gradients.dequantize_gradients, {**types, "gradient": "*bf16", "codes": "*u8"}),
+            {**gradients.constants(format, not format.symmetric), **asked},
+            aligned=("elements", "columns", "size"),
+        )
     return found | rounding_kernels()
 
 

@@ -56,7 +56,7 @@ class Spy:
     def _run(self, *arguments: Any) -> Tensor | list[Tensor]:
         self.ran.append(arguments)
         result = torch.full((2, ROWS), self.value)
-        return [result] if self.backend.op == "fake_quantize_gradients" else result
+        return [result] if self.backend.op.endswith("_gradients") else result
 
 
 def linear(input: Tensor | None = None, **options: Any) -> Tensor:
@@ -78,6 +78,9 @@ def calls() -> dict[str, Callable[[], Tensor]]:
     return {
         "quantize": lambda: ops.quantize(WEIGHT, scale, None, format=str(FORMAT)),
         "dequantize": lambda: ops.dequantize(codes, scale, zero_point, **packed),
+        "dequantize_gradients": lambda: ops.dequantize_gradients(
+            *(torch.ones(ROWS, COLUMNS), codes, scale, zero_point), format=str(FORMAT), needs=(True, False)
+        )[0],
         "fake_quantize": lambda: ops.fake_quantize(WEIGHT, scale, None, format=str(FORMAT)),
         "fake_quantize_gradients": lambda: ops.fake_quantize_gradients(
             *(torch.ones(ROWS, COLUMNS), WEIGHT, scale, None),

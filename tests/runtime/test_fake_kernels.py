@@ -49,6 +49,18 @@ def test_dequantize(text: str, trains: bool) -> None:
 
 
 @pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("text", FORMATS)
+def test_gradients_of_dequantize(text: str, trains: bool) -> None:
+    codes, scale, zero_point = packed(text)
+    gradient = torch.randn(ROWS, COLUMNS)
+    if trains:
+        gradient, scale, zero_point = leaf(gradient), leaf(scale), leaf(zero_point)  # type: ignore[assignment]
+    needs = (True, zero_point is not None)
+    for given in (gradient, gradient.detach()[:1].expand_as(gradient)):
+        check(ops.dequantize_gradients, given, codes, scale, zero_point, format=text, needs=needs)
+
+
+@pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize("text", ROUNDED)
 def test_rounding(text: str, trains: bool) -> None:
     _, scale, zero_point = packed(text)

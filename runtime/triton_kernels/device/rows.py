@@ -25,6 +25,34 @@ def stored_code(codes, row_start, columns, row_bytes, wanted, BITS: tl.constexpr
 
 
 @triton.jit
+def units_at(
+    codes,
+    rows,
+    columns,
+    zero,
+    table_rows,
+    row_bytes,
+    wanted,
+    TERM: tl.constexpr,
+    BITS: tl.constexpr,
+    SIGNS: tl.constexpr,
+    BASE3: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    ZERO: tl.constexpr,
+):
+    """What the codes at ``rows`` (int64) and ``columns``, which broadcast, stand for in units of a scale: that of plane
+    ``TERM``. ``zero`` is read where the format ``HAS_ZEROS``.
+    """
+    code = stored_code(codes, (rows + TERM * table_rows) * row_bytes, columns, row_bytes, wanted, BITS, BASE3)
+    if SIGNS:
+        return (2 * code - 1).to(tl.float32)
+    elif HAS_ZEROS:
+        return code.to(tl.float32) - zero
+    else:
+        return (code - ZERO).to(tl.float32)
+
+
+@triton.jit
 def unpack_rows(
     codes,
     scales,
@@ -61,14 +89,12 @@ def unpack_rows(
     value = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for term in tl.static_range(TERMS):
         term_rows = rows[:, None] + term * table_rows
-        code = stored_code(codes, term_rows * row_bytes, column, row_bytes, wanted, BITS, BASE3)
         place = 0 * term_rows + 0 * column if SHARED else term_rows * groups + group
-        if SIGNS:
-            units = (2 * code - 1).to(tl.float32)
-        elif HAS_ZEROS:
-            units = code.to(tl.float32) - tl.load(zeros + place, mask=wanted, other=0.0)
-        else:
-            units = (code - ZERO).to(tl.float32)
+        zero = tl.load(zeros + place, mask=wanted, other=0.0) if HAS_ZEROS else 0.0
+        units = units_at(
+            codes, rows[:, None], column, zero, table_rows, row_bytes, wanted,
+            term, BITS, SIGNS, BASE3, HAS_ZEROS, ZERO,
+        )  # fmt: skip
         value += units * tl.load(scales + place, mask=wanted, other=0.0)
     value = tl.where(there, value, float("nan"))
     target = places[:, None].to(tl.int64) * columns + column
@@ -104,3 +130,42 @@ def scatter_outliers(
         if not REPLACE:
             value += tl.load(target, mask=wanted, other=0.0)
         tl.store(target, value, mask=wanted)
+
+
+@triton.jit
+def values_at(
+    codes,
+    scales,
+    zeros,
+    rows,
+    columns,
+    output,
+    count,
+    table_rows,
+    row_bytes,
+    groups,
+    BITS: tl.constexpr,
+    TERMS: tl.constexpr,
+    SIGNS: tl.constexpr,
+    BASE3: tl.constexpr,
+    ZERO: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHARED: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``output[i]`` is the element of a weight in the neutral layout at ``rows[i]`` and ``columns[i]``, both int64."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    wanted = at < count
+    row = tl.load(rows + at, mask=wanted, other=0)
+    column = tl.load(columns + at, mask=wanted, other=0)
+    group = column // GROUP if GROUP > 0 else column * 0
+    value = tl.zeros((BLOCK,), tl.float32)
+    for term in tl.static_range(TERMS):
+        place = 0 * row if SHARED else (row + term * table_rows) * groups + group
+        zero = tl.load(zeros + place, mask=wanted, other=0.0) if HAS_ZEROS else 0.0
+        units = units_at(
+            codes, row, column, zero, table_rows, row_bytes, wanted, term, BITS, SIGNS, BASE3, HAS_ZEROS, ZERO
+        )
+        value += units * tl.load(scales + place, mask=wanted, other=0.0)
+    tl.store(output + at, value, mask=wanted)

@@ -33,6 +33,9 @@ from prequant.runtime import native, ops
 from ...models import FAMILIES, traced
 from .torch_ops_calls import COLUMNS, Call, hostile_calls, linear_call, linear_calls, other_calls
 
+BACKWARD = {"dequantize_gradients", "fake_quantize_gradients"}
+"""Operators that a backward alone calls: they are in no package."""
+
 ROOT = Path(__file__).parents[3]
 CALLER = Path(__file__).with_name("torch_ops_process.py")
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -102,8 +105,8 @@ def test_operators_compute_what_they_do_in_python(
 
 
 def test_schemas_are_those_of_python(in_cpp: Callable[..., list[Any]]) -> None:
-    """All but of the one operator that is part of a backward, which no package holds."""
-    names = sorted(set(ops.OP_NAMES) - {"fake_quantize_gradients"})
+    """All but of the operators that are part of a backward, which no package holds."""
+    names = sorted(set(ops.OP_NAMES) - BACKWARD)
     schemas = [str(getattr(ops, name)._schema) for name in names]
     assert in_cpp([(name, (), {}) for name in names]) == schemas
     source = (native.torch_ops() / "ops.cpp").read_text(encoding="utf-8")
@@ -182,7 +185,7 @@ def mixed_program() -> Program:
     )
     program = Pipeline(passes)(traced("bert-sequence-classification"))
     called = [node for node in program.graph.nodes if node.op == "call_function"]
-    everything = set(ops.OP_NAMES) - {"quantize", "scale_gradient", "uncalibrated", "fake_quantize_gradients"}
+    everything = set(ops.OP_NAMES) - BACKWARD - {"quantize", "scale_gradient", "uncalibrated"}
     assert {getattr(ops, name) for name in everything} <= {node.target for node in called}
     formats = {str(node.kwargs.get("format")) for node in called if node.target is ops.packed_linear}
     assert {"affine4:row", "bcq3:row", "ternary:row"} <= formats

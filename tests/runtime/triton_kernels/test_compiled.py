@@ -23,7 +23,7 @@ def test_what_comes_out(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 15 and all(row["spilled"] == 0 for row in found), found
+    assert len(found) == 18 and all(row["spilled"] == 0 for row in found), found
     assert [row["product"] for row in found[:4]] == ["HGMMA", "IGMMA"] * 2
     for row in found[:2]:
         loads = row["loads"].split()  # all of them past the registers
