@@ -15,9 +15,11 @@ arguments that ``checks.py`` has passed (shapes, types, device), the same as the
     add_outliers      (None, weight, outliers)
     packed_linear     (format, input, codes, scale, zero_point, outliers, bias,
                        input_scale, input_zero_point, columns, input_format, activation, residual)
+    packed_linears    (None, input, calls)
+                      a list of the results; a call is what packed_linear gets
     packed_embedding  (format, ids, codes, scale, zero_point, outliers, columns, dtype)
 
-``packed_linears`` is a list of calls of ``packed_linear``, and each goes where that one would.
+Calls of ``packed_linears`` that no backend takes are ``packed_linear``'s, and each goes where that one would.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ OPS = (
     "dynamic_scale",
     "add_outliers",
     "packed_linear",
+    "packed_linears",
     "packed_embedding",
 )
 """The ops that take backends; calls of ``dequantize_bcq`` are ``dequantize``'s."""

@@ -185,10 +185,14 @@ def _packed_linears(*arguments: Any, **options: Any) -> list[Tensor]:
     """Several linears on one input, on the CPU: one call of the library if the native kernels take each of them."""
     calls = ops.linears_of(*arguments, **options)
     input: Tensor = calls[0][0]
-    known = [repeat for call in calls if (repeat := find(call[1], *_operands(call))) is not None]
+    others = backends.registered_backends("packed_linears", "cpu")
+    known = [repeat for call in calls if not others and (repeat := find(call[1], *_operands(call))) is not None]
     if len(known) == len(calls) and (outputs := _joined(known, input)) is not None:
         return outputs
     examined = [_examined(call) for call in calls]
+    checked = (None, input, [each for _, each, _ in examined])
+    if (taker := backends.choose("packed_linears", *checked)) is not None:
+        return list(taker.kernel(*checked))
     if any(backend is not native_linear.BACKEND for backend, _, _ in examined):
         return [
             (reference.packed_linear if backend is None else backend.kernel)(*each) for backend, each, _ in examined

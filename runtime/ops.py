@@ -242,7 +242,13 @@ def checked_linear(
 
 
 def _packed_linears(*arguments: Any, **options: Any) -> list[Tensor]:
-    return [call("packed_linear", reference.packed_linear, *each) for each in checked_linears(*arguments, **options)]
+    calls = checked_linears(*arguments, **options)
+    return call("packed_linears", each_linear, None, calls[0][1], calls)
+
+
+def each_linear(format: None, input: Tensor, calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
+    """What ``packed_linears`` means: each of the ``calls`` of ``packed_linear`` goes where it would alone."""
+    return [call("packed_linear", reference.packed_linear, *each) for each in calls]
 
 
 def linears_of(

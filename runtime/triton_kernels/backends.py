@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import Backend, register_backend, unregister_backend
+from ..backends import Backend, choose, register_backend, unregister_backend
 from ..formats import Granularity, Scheme, WeightFormat
 from ..reference import Outliers
 from . import availability
+
+NAME = "triton"
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 """Types of inputs, and of scales, that the kernels take."""
@@ -25,6 +27,11 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 def _accepts_linear(format: WeightFormat, input: Tensor, codes: Tensor, scale: Tensor, *_: object) -> bool:
     return input.dtype in FLOATS and scale.dtype in FLOATS and availability.run_on(input.device)
+
+
+def _accepts_linears(format: None, input: Tensor, calls: Sequence[tuple[Any, ...]]) -> bool:
+    chosen = [choose("packed_linear", *each) for each in calls]
+    return all(backend is not None and backend.name == NAME for backend in chosen)
 
 
 def _accepts_rows(format: WeightFormat, first: Tensor, *operands: Any) -> bool:
@@ -72,6 +79,7 @@ def _kernel(module: str, name: str) -> Callable[..., Any]:
 
 _KERNELS = (
     ("packed_linear", _accepts_linear, _kernel("linear", "packed_linear")),
+    ("packed_linears", _accepts_linears, _kernel("linear", "packed_linears")),
     ("packed_embedding", _accepts_rows, _kernel("rows", "packed_embedding")),
     ("dequantize", _accepts_rows, _kernel("rows", "dequantize")),
     ("dequantize_gradients", _accepts_unpacking_gradients, _kernel("gradients", "dequantize_gradients")),
@@ -82,7 +90,7 @@ _KERNELS = (
     ("dynamic_scale", _accepts_dynamic_scale, _kernel("simulated", "dynamic_scale")),
 )
 
-CUDA = tuple(Backend("triton", op, "cuda", accepts, kernel) for op, accepts, kernel in _KERNELS)
+CUDA = tuple(Backend(NAME, op, "cuda", accepts, kernel) for op, accepts, kernel in _KERNELS)
 for _backend in CUDA:
     register_backend(_backend)
 
@@ -94,7 +102,7 @@ def interpreted() -> Iterator[None]:
     Raises :class:`~.availability.TritonError` where Triton is missing, or has not been told to interpret.
     """
     availability.check_interpreted()
-    backends = [Backend("triton", op, "cpu", accepts, kernel) for op, accepts, kernel in _KERNELS]
+    backends = [Backend(NAME, op, "cpu", accepts, kernel) for op, accepts, kernel in _KERNELS]
     for backend in backends:
         register_backend(backend)
     try:

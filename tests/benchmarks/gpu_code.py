@@ -42,21 +42,28 @@ FORMATS = (
 INPUTS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int8": "*i8"}
 """Types of inputs as Triton calls pointers to them; int8 ones are of a float16 model."""
 
+OWN = (
+    *("codes", "scales", "zeros", "outlier_values", "outlier_columns", "outlier_offsets"),
+    *("bias", "row_sums", "output", "row_counts"),
+)
+"""Arguments that are tuples, of one for each linear of a launch."""
+
 MATRIX = ("HGMMA", "IGMMA", "HMMA", "IMMA", "FFMA")
 """Instructions that multiply tiles, the widest first."""
 
 
-def signature(inputs: str) -> dict[str, str]:
-    """Types of the kernel's arguments that are no constants."""
+def signature(inputs: str, linears: int = 1) -> dict[str, Any]:
+    """Types of the kernel's arguments that are no constants; what each of the linears has of its own is a tuple."""
     floats = "*fp16" if inputs == "int8" else INPUTS[inputs]
     pointers = dict.fromkeys(("scales", "zeros", "outlier_values", "bias", "token_scales", "token_zeros"), "*fp32")
     pointers |= {"row_sums": "*fp32", "partial": "*fp32", "codes": "*u8", "input": INPUTS[inputs]}
     pointers |= {"outlier_columns": "*i32", "outlier_offsets": "*i32", "counters": "*i32"}
-    counts = dict.fromkeys(("token_count", "row_count", "column_count", "chunk_count"), "i32")
-    return {**pointers, "residual": floats, "output": floats, **counts}
+    counts = dict.fromkeys(("token_count", "row_counts", "column_count", "chunk_count"), "i32")
+    types: dict[str, Any] = {**pointers, "residual": floats, "output": floats, **counts}
+    return types | {name: (types[name],) * linears for name in OWN}
 
 
-def compiled(text: str, inputs: str, tiles: tables.Tiles, everything: bool = False) -> Any:
+def compiled(text: str, inputs: str, tiles: tables.Tiles, everything: bool = False, linears: int = 1) -> Any:
     """The kernel of packed linears for a format; ``everything``: with all that a call may have."""
     format, quantized = WeightFormat.parse(text), inputs == "int8"
     constants = {
@@ -72,25 +79,28 @@ def compiled(text: str, inputs: str, tiles: tables.Tiles, everything: bool = Fal
         "WHOLE": not everything,
     }
     warps = constants.pop("num_warps")
-    return built(device.packed_linear, signature(inputs), constants, warps, tiles.stages)
+    return built(device.packed_linear, signature(inputs, linears), constants, warps, tiles.stages)
 
 
 def built(
     kernel: Any,
-    types: dict[str, str],
+    types: dict[str, Any],
     constants: dict[str, Any],
     warps: int = 4,
     stages: int = 3,
-    aligned: Sequence[str] = ("row_count", "column_count"),
+    aligned: Sequence[str] = ("row_counts", "column_count"),
 ) -> Any:
     """A kernel compiled for an H100, with all pointers on 16 bytes, and the counts ``aligned`` in multiples of 16."""
-    names = kernel.arg_names
-    sixteen = [name for name in names if types.get(name, "").startswith("*") or name in aligned]
+    names, sixteen = kernel.arg_names, []
+    for at, name in enumerate(names):
+        given = types.get(name, "")
+        parts = [((at,), given)] if isinstance(given, str) else [((at, i), part) for i, part in enumerate(given)]
+        sixteen += [path for path, part in parts if part.startswith("*") or name in aligned]
     source = triton.compiler.ASTSource(
         kernel,
         {name: types.get(name, "constexpr") for name in names},
         constants,
-        {(names.index(name),): [["tt.divisibility", 16]] for name in sixteen},
+        {path: [["tt.divisibility", 16]] for path in sixteen},
     )
     options = {"num_warps": warps, "num_stages": stages}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -203,17 +213,18 @@ def main_loop(code: list[tuple[str, str]]) -> list[str]:
     return [name for name, _ in longest if name != ":"]
 
 
-def row_of(text: str, inputs: str, tokens: int, everything: bool) -> dict[str, Any]:
+def row_of(text: str, inputs: str, tokens: int, everything: bool, linears: int) -> dict[str, Any]:
     """What one kernel is made of."""
     format = WeightFormat.parse(text)
     tiles = tables.default_tiles(tokens, ROWS, COLUMNS, tables.planes_of(format))
-    kernel = compiled(text, inputs, tiles, everything)
+    kernel = compiled(text, inputs, tiles, everything, linears)
     code, resources = machine_code(kernel)
     loop = main_loop(code)
     kinds = collections.Counter(name.split(".")[0] for name in loop)
     loads = [name for name in loop if name.startswith(("LDGSTS", "LDG.", "LDL"))]
     return {
         "format": text,
+        "linears": linears,
         "inputs": inputs,
         "tokens": tokens,
         "tile": f"{tiles.rows}x{tiles.tokens}/{tiles.split}, {tiles.warps} warps, {tiles.stages} stages",
@@ -233,18 +244,23 @@ def main() -> None:
     parser.add_argument("--inputs", default="float16,bfloat16,int8")
     parser.add_argument("--tokens", default="1,64,512")
     parser.add_argument("--everything", default="", help="formats to compile with all that a call may have, as well")
+    parser.add_argument("--together", default="", help="formats to compile for three linears in a launch, as well")
     parser.add_argument("--small", action="store_true", help="the other kernels as well")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each kernel, in place of a table")
     options = parser.parse_args()
     if not options.json:
-        print("| format | inputs | tokens | tile | registers | spilled | shared | loads | product | per weight |")
-        print("|---|---|---|---|---|---|---|---|---|---|")
-    asked = [(text, False) for text in options.formats.split(",")]
-    asked += [(text, True) for text in filter(None, options.everything.split(","))]
-    for text, everything in asked:
+        names = (
+            "format | linears | inputs | tokens | tile | registers | spilled | shared | loads | product | per weight"
+        )
+        print(f"| {names} |")
+        print("|---|---|---|---|---|---|---|---|---|---|---|")
+    asked = [(text, False, 1) for text in options.formats.split(",")]
+    asked += [(text, True, 1) for text in filter(None, options.everything.split(","))]
+    asked += [(text, False, 3) for text in filter(None, options.together.split(","))]
+    for text, everything, linears in asked:
         for inputs in options.inputs.split(","):
             for tokens in map(int, options.tokens.split(",")):
-                row = row_of(text, inputs, tokens, everything)
+                row = row_of(text, inputs, tokens, everything, linears)
                 if not options.json:
                     row["per_weight"] = f"{row['per_weight']:.1f}"
                 print(json.dumps(row) if options.json else f"| {' | '.join(map(str, row.values()))} |", flush=True)

@@ -17,8 +17,9 @@ from prequant.runtime.triton_kernels import linear, rows
 
 PIPELINES = {
     "gpt2-causal-lm": "canonicalize,split-outliers{ratio=0.01},"
-    "quantize-weights{bits=4,granularity=group,group_size=32},lower,fuse-epilogue,fuse-parallel-linears",
-    "bert-masked-lm": "canonicalize,quantize-weights{bits=3,symmetric=false},quantize-activations{bits=8},lower",
+    "quantize-weights{bits=4,granularity=group,group_size=32},lower,fuse-epilogue",
+    "bert-masked-lm": "canonicalize,quantize-weights{bits=3,symmetric=false},quantize-activations{bits=8},lower,"
+    "fuse-parallel-linears",
 }
 
 
@@ -50,9 +51,11 @@ def test_a_lowered_model_computes_what_the_reference_does(
         return call
 
     monkeypatch.setattr(linear, "packed_linear", noting("linear", linear.packed_linear))
+    monkeypatch.setattr(linear, "packed_linears", noting("linears", linear.packed_linears))
     monkeypatch.setattr(rows, "packed_embedding", noting("embedding", rows.packed_embedding))
     on_device = {key: value.to(device) for key, value in inputs.items()}
-    with running(device):
+    with running(device), torch.no_grad():  # while gradients are recorded, linears are called one by one
         found = program.to(device)(**on_device)
-    assert calls.count("linear") >= 8 and "embedding" in calls
+    assert calls.count("linear") + calls.count("linears") >= 8 and "embedding" in calls
+    assert ("linears" in calls) == ("fuse-parallel-linears" in PIPELINES[name])
     torch.testing.assert_close(found["logits"].cpu(), expected["logits"], rtol=1e-4, atol=1e-4)

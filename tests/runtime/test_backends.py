@@ -33,6 +33,10 @@ def no_backends_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+LISTS = ("dequantize_gradients", "fake_quantize_gradients", "packed_linears")
+"""Ops that give a list."""
+
+
 class Spy:
     """A backend that notes its arguments and answers with a constant."""
 
@@ -56,7 +60,7 @@ class Spy:
     def _run(self, *arguments: Any) -> Tensor | list[Tensor]:
         self.ran.append(arguments)
         result = torch.full((2, ROWS), self.value)
-        return [result] if self.backend.op.endswith("_gradients") else result
+        return [result] if self.backend.op in LISTS else result
 
 
 def linear(input: Tensor | None = None, **options: Any) -> Tensor:
@@ -91,6 +95,10 @@ def calls() -> dict[str, Callable[[], Tensor]]:
         "dynamic_scale": lambda: ops.dynamic_scale(WEIGHT, format="affine8:row"),
         "add_outliers": lambda: ops.add_outliers(WEIGHT, *outliers, replace=False),
         "packed_linear": linear,
+        "packed_linears": lambda: ops.packed_linears(
+            *(torch.ones(2, COLUMNS), [codes], [scale], [None], [None], [None], [None], [False], [None], None, None),
+            *([str(FORMAT)], [""], COLUMNS),
+        )[0],
         "packed_embedding": lambda: ops.packed_embedding(
             torch.tensor([1]), codes, scale, None, *outliers, False, **packed
         ),

@@ -3,7 +3,8 @@
 One program computes ``[ROWS, TOKENS]`` of the transposed result, over all chunks of columns or, where there are too few
 programs to fill a GPU, over some (``SPLIT`` programs a tile; the last one to finish adds up what the others left). The
 weight is the left operand, unpacked in registers, so that even one token wastes little: tensor cores want 64 (or 16)
-rows of the left operand but only 8 columns of the right one. Codes enter products as whole numbers, which half
+rows of the left operand but only 8 columns of the right one. Several linears on one input share a launch: their tiles
+stand in one row, and a program picks the operands of its own. Codes enter products as whole numbers, which half
 precision and 8-bit integers hold exactly; scales multiply float32 sums of a group, so no weight is ever rounded.
 """
 
@@ -58,6 +59,15 @@ def outlier_sums(
 
 
 @triton.jit
+def pick(values, which):
+    """The element ``which`` of a tuple, of one element for each linear."""
+    found = values[0]
+    for i in tl.static_range(1, len(values)):
+        found = tl.where(which >= i, values[i], found)
+    return found
+
+
+@triton.jit
 def packed_linear(
     input,
     codes,
@@ -74,8 +84,8 @@ def packed_linear(
     output,
     partial,
     counters,
+    row_counts,
     token_count,
-    row_count,
     column_count,
     chunk_count,
     BITS: tl.constexpr,
@@ -101,18 +111,30 @@ def packed_linear(
     """``output[token, row]``, with ``input`` ``[token_count, column_count]`` contiguous, in half precision, float32, or
     (``QUANTIZED``) int8 with ``token_scales`` and, ``HAS_TOKEN_ZEROS``, ``token_zeros``.
 
+    What a linear has of its own, ``row_counts`` among it, comes in tuples; only a linear alone has a residual.
     ``codes``, ``scales`` and ``zeros`` are laid out as in layout.py. ``GROUP`` is 0 where a row (or the whole weight:
     ``SHARED``) has one scale. ``zeros`` and ``ZERO`` add up to a weight's zero point. Outliers are added; ``row_sums``
     are those of the weight with them. ``WHOLE``: columns fill their chunks. ``partial`` is ``[SPLIT, token, row]`` of
-    float32, ``counters`` one int32 a tile, 0 before and after.
+    float32 for one linear after the other, ``counters`` one int32 a tile, 0 before and after.
     """
     DTYPE: tl.constexpr = input.dtype.element_ty
     SUMS: tl.constexpr = tl.int32 if QUANTIZED else tl.float32
     COLUMNS: tl.constexpr = 128 if GROUP == 0 or GROUP > 128 else GROUP
     ONCE: tl.constexpr = GROUP == 0 and TERMS == 1  # scales are multiplied at the end
-    row_tiles = tl.cdiv(row_count, ROWS)
-    tile = tl.program_id(0)
+    program = tl.program_id(0)
     part = tl.program_id(1)
+    which, first, rows_before = 0, 0, 0
+    start, above = 0, 0
+    for i in tl.static_range(1, len(row_counts)):
+        start += tl.cdiv(row_counts[i - 1], ROWS) * tl.cdiv(token_count, TOKENS)
+        above += row_counts[i - 1]
+        which = tl.where(program >= start, i, which)
+        first = tl.where(program >= start, start, first)
+        rows_before = tl.where(program >= start, above, rows_before)
+    codes, scales, zeros = pick(codes, which), pick(scales, which), pick(zeros, which)
+    row_count, output = pick(row_counts, which), pick(output, which)
+    tile = program - first
+    row_tiles = tl.cdiv(row_count, ROWS)
     rows = tile % row_tiles * ROWS + tl.arange(0, ROWS)
     tokens = tile // row_tiles * TOKENS + tl.arange(0, TOKENS)
     field_bytes = wide(row_count) * chunk_count * 16
@@ -165,8 +187,8 @@ def packed_linear(
             total *= tl.load(scales + rows, mask=rows < row_count, other=0.0)[:, None]
     if HAS_OUTLIERS:
         total += outlier_sums(
-            input, outlier_values, outlier_columns, outlier_offsets, rows, tokens,
-            row_count, token_count, column_count, part, SPLIT, ROWS, TOKENS,
+            input, pick(outlier_values, which), pick(outlier_columns, which), pick(outlier_offsets, which),
+            rows, tokens, row_count, token_count, column_count, part, SPLIT, ROWS, TOKENS,
         )  # fmt: skip
 
     places = tokens[:, None].to(tl.int64) * row_count + rows[None, :]
@@ -175,24 +197,25 @@ def packed_linear(
     last = True
     if SPLIT > 1:
         plane = wide(token_count) * row_count
+        partial += wide(token_count) * SPLIT * rows_before
         tl.store(partial + part * plane + places, result, mask=inside)
         # All threads have stored before one of them counts, which releases what they stored to whoever counts last.
         tl.debug_barrier()
-        last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT - 1
+        last = tl.atomic_add(counters + program, 1, sem="acq_rel") == SPLIT - 1
         if last:
             result = tl.zeros((TOKENS, ROWS), tl.float32)
             for other in range(SPLIT):  # in this order whoever is last, so that results are the same every time
                 result += tl.load(partial + other * plane + places, mask=inside, other=0.0, cache_modifier=".cg")
-            tl.store(counters + tile, 0)
+            tl.store(counters + program, 0)
     if last:
         in_tokens, in_rows = tokens < token_count, rows < row_count
         if QUANTIZED:
             if HAS_TOKEN_ZEROS:
                 zero = tl.load(token_zeros + tokens, mask=in_tokens, other=0.0)
-                result -= zero[:, None] * tl.load(row_sums + rows, mask=in_rows, other=0.0)[None, :]
+                result -= zero[:, None] * tl.load(pick(row_sums, which) + rows, mask=in_rows, other=0.0)[None, :]
             result *= tl.load(token_scales + tokens, mask=in_tokens, other=0.0)[:, None]
         if HAS_BIAS:
-            result += tl.load(bias + rows, mask=in_rows, other=0.0).to(tl.float32)[None, :]
+            result += tl.load(pick(bias, which) + rows, mask=in_rows, other=0.0).to(tl.float32)[None, :]
         result = activate(result, ACTIVATION)
         if HAS_RESIDUAL:
             result += tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)

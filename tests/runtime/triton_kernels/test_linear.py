@@ -202,12 +202,90 @@ def test_a_scale_for_each_token(gpu: torch.device) -> None:
     assert_linear(result.cpu(), seen, layer, 4e-6, offset=0.1 * 255)
 
 
-def test_several_linears_are_the_list_of_each(gpu: torch.device) -> None:
+# ---- several linears -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many linears each launch was for."""
+    seen: list[int] = []
+    launch = linear.launch
+
+    def noting(linears: list[Any], *rest: Any) -> None:
+        seen.append(len(linears))
+        launch(linears, *rest)
+
+    monkeypatch.setattr(linear, "launch", noting)
+    return seen
+
+
+def assert_list_of_each(layers: list[Layer], input: Tensor, mode: str, activations: list[str]) -> None:
+    """Tiles may be cut otherwise for several, so that sums are in another order."""
+    format, *parts = quantized(input.cpu(), mode)[1]
+    options = (format, *(part.to(input.device) for part in parts))
+    results = ops.packed_linears(**arguments(layers, input, *options, activations=activations))
+    assert len(results) == len(layers)
+    for result, layer, name in zip(results, layers, activations, strict=True):
+        expected = layer(input, *options, activation=name)
+        tolerance = 1e-5 * float(expected.abs().max()) if expected.numel() else 0.0
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=tolerance)
+        assert result.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("text", "mode"), [("affine4:row", "float"), ("affine3:group64:asym", "static"), ("bcq2:row", "dynamic")]
+)
+def test_linears_of_a_kind_are_one_launch(
+    gpu: torch.device, launches: list[int], monkeypatch: pytest.MonkeyPatch, text: str, mode: str
+) -> None:
+    """Of different rows, which fill their tiles or not; with columns cut between programs and not."""
+    for split, outliers in ((1, ""), (2, "replace")):
+        monkeypatch.setattr(tables, "splits", lambda *_, split=split: split)
+        layers = [Layer(text, rows, 300, outliers, rows).to(gpu) for rows in (70, 5, 64)]
+        launches.clear()
+        assert_list_of_each(layers, torch.randn(3, 300, device=gpu), mode, [""] * 3)
+        assert launches == [3, 1, 1, 1]
+    assert all(not counters.any() for counters in workspace._counters.values())
+
+
+@pytest.mark.parametrize("mode", ["float", "dynamic", "static"])
+def test_others_are_a_launch_each(
+    gpu: torch.device, launches: list[int], monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    rounded: list[Tensor] = []
+
+    def noting(input: Tensor, *rest: Any) -> Any:
+        rounded.append(input)
+        return rounded_tokens(input, *rest)
+
+    rounded_tokens = linear.rounded_tokens
+    monkeypatch.setattr(linear, "rounded_tokens", noting)
     layers = [layer.to(gpu) for layer in mixed_layers()]
-    input = torch.randn(3, 96, device=gpu)
-    results = ops.packed_linears(**arguments(layers, input, "affine8:row"))
-    for result, layer in zip(results, layers, strict=True):
-        assert torch.equal(result, layer(input, "affine8:row"))
+    alike = Layer("affine4:row", 33, 96, "add", 5).to(gpu)
+    assert_list_of_each([*layers, alike], torch.randn(2, 3, 96, device=gpu), mode, ["", "gelu", "relu", "", ""])
+    assert sorted(launches[:4]) == [1, 1, 1, 2] and launches[4:] == [1] * 5
+    assert len(rounded) == (0 if mode == "float" else 1 + 5)  # once for all of them
+
+
+def test_many_linears_and_few(gpu: torch.device, launches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [Layer("affine4:row", 10 + i, 64, seed=i).to(gpu) for i in range(linear.MOST_LINEARS + 2)]
+    assert_list_of_each(layers, torch.randn(3, 64, device=gpu).T.contiguous().T, "float", [""] * len(layers))
+    assert launches[:2] == [linear.MOST_LINEARS, 2]
+    layers[0].bias = layers[0].bias.half()
+    layers[1].codes, layers[1].scale, layers[1].bias = (
+        t[:0] for t in (layers[1].codes, layers[1].scale, layers[1].bias)
+    )
+    launches.clear()
+    assert_list_of_each(layers[:3], torch.randn(3, 64, device=gpu), "float", [""] * 3)
+    assert launches == [1, 1, 1, 1]
+    launches.clear()
+    monkeypatch.setattr(tables, "UNPACKED_FROM_FLOAT32", 4)
+    assert_list_of_each(layers[2:4], torch.randn(5, 64, device=gpu), "float", [""] * 2)
+    assert_list_of_each(layers[2:4], torch.randn(0, 64, device=gpu), "float", [""] * 2)
+    assert launches == []
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
 
 
 def test_gradients_are_the_references(gpu: torch.device) -> None:
