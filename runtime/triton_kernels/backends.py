@@ -56,8 +56,11 @@ def _accepts_dynamic_scale(format: WeightFormat, input: Tensor) -> bool:
     return taken and input.dtype in FLOATS and input.numel() > 0 and availability.run_on(input.device)
 
 
-def _accepts_unpacking_gradients(format: WeightFormat, gradient: Tensor, codes: Tensor, scale: Tensor, *_: Any) -> bool:
-    taken = gradient.dtype in FLOATS and scale.dtype in FLOATS and gradient.numel() > 0
+def _accepts_unpacking_gradients(
+    format: WeightFormat, gradient: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, needs: object
+) -> bool:
+    operands = [gradient, scale] if zero_point is None else [gradient, scale, zero_point]
+    taken = all(tensor.dtype in FLOATS for tensor in operands) and gradient.numel() > 0
     return taken and availability.run_on(gradient.device)
 
 

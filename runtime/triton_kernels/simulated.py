@@ -221,4 +221,4 @@ def unit_constants(format: WeightFormat) -> dict[str, int]:
     else:
         codes = 8 // format.bits if 8 % format.bits == 0 else 8
         size = codes * format.bits // 8
-    return {"CODES": codes, "BYTES": size, "UNITS": TILE // triton.next_power_of_2(codes)}
+    return {"CODES": codes, "BYTES": size, "UNITS": TILE // 2 // triton.next_power_of_2(codes)}

@@ -49,7 +49,7 @@ def test_dequantize(text: str, trains: bool) -> None:
 
 
 @pytest.mark.parametrize("trains", [False, True])
-@pytest.mark.parametrize("text", FORMATS)
+@pytest.mark.parametrize("text", ["affine4:group8:asym", "bcq3:group8"])
 def test_gradients_of_dequantize(text: str, trains: bool) -> None:
     codes, scale, zero_point = packed(text)
     gradient = torch.randn(ROWS, COLUMNS)

@@ -162,7 +162,7 @@ def test_packed_embeddings_train_like_float64(gpu: torch.device, text: str, outl
         assert_gradients(one, other)
 
 
-def test_sums_of_one_row_have_one_order(gpu: torch.device) -> None:
+def test_look_ups_of_one_row_add_up(gpu: torch.device) -> None:
     """On a GPU they are sorted first; here that way gives what the other does."""
     ids, gradient = torch.tensor([3, 3, 0, 7, 3], device=gpu), torch.randn(5, 12, device=gpu)
     slots, sums = gradients._summed_by_row(ids, gradient, 9)
