@@ -21,7 +21,6 @@ from torch import Tensor, fx, nn
 
 from prequant.runtime import PrequantError
 
-from .devices import set_device
 from .modes import set_training
 from .nesting import OutputTree, nest
 from .planned_call import enrol, planned_call
@@ -261,15 +260,15 @@ class Program(fx.GraphModule):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Program:
-        """What ``to``, ``cuda`` and the like call: the tensors that the graph creates move with those that it holds.
+        """What ``to``, ``cuda``, ``half`` and the like call: the graph follows its tensors.
 
-        Devices move along; dtypes are built into the graph, so trace the model in the dtype that it is to run in.
+        With another floating-point type the graph computes in it (see :mod:`prequant.passes.dtypes`). Codes stay, and
+        so do constants that the model's state dict does not hold. Raises :class:`PrequantError` for a type that no
+        graph computes in.
         """
-        super()._apply(fn, recurse)
-        self.drop_plan()
-        held = next(chain(self.parameters(), self.buffers()), None)
-        if held is not None and set_device(self.graph, held.device):
-            self.recompile()
+        from .moving import move  # which knows Programs
+
+        move(self, fn, functools.partial(super()._apply, fn, recurse))
         return self
 
     # ---- tensors ----------------------------------------------------------------------------------------------------

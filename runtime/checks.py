@@ -6,7 +6,7 @@ depends on the weight alone is remembered: a layer is called again and again wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -212,14 +212,16 @@ def same_device(input: Tensor, codes: Tensor) -> None:
         raise FormatError(f"the input is on {input.device}, the codes on {codes.device}")
 
 
-def one_device(operands: Iterable[object]) -> None:
-    """Check that all tensors among the operands of a kernel, outliers' as well, are on the device of the first."""
-    device: torch.device | None = None
-    for operand in operands:
+def one_device(op: str, operands: Mapping[str, object]) -> None:
+    """Check that all tensors among the operands of a kernel, by name, outliers' as well, are on the device of the
+    first.
+    """
+    first: tuple[str, torch.device] | None = None
+    for name, operand in operands.items():
         for tensor in operand if isinstance(operand, Outliers) else (operand,):
             if not isinstance(tensor, Tensor):
                 continue
-            if device is None:
-                device = tensor.device
-            elif tensor.device != device:
-                raise FormatError(f"operands of one call are on {device} and {tensor.device}")
+            if first is None:
+                first = name, tensor.device
+            elif tensor.device != first[1]:
+                raise FormatError(f"{op}: {first[0]} on {first[1]}, but {name} on {tensor.device}")

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import Backend, choose, register_backend, unregister_backend
+from ..errors import FormatError
 from ..formats import Granularity, Scheme, WeightFormat
 from ..reference import Outliers
 from . import availability
@@ -24,19 +27,18 @@ NAME = "triton"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 """Types of inputs, and of scales, that the kernels take."""
 
+COMPUTED = ("input", "scale")
+"""Operands that a kernel computes with in their own type."""
 
-def _accepts_linear(format: WeightFormat, input: Tensor, codes: Tensor, scale: Tensor, *_: object) -> bool:
-    return input.dtype in FLOATS and scale.dtype in FLOATS and availability.run_on(input.device)
+
+def _accepts(format: WeightFormat, first: Tensor, *_: object) -> bool:
+    # Types that the kernel does not take are refused when it is called: the reference would be slow, and say nothing.
+    return availability.run_on(first.device)
 
 
 def _accepts_linears(format: None, input: Tensor, calls: Sequence[tuple[Any, ...]]) -> bool:
     chosen = [choose("packed_linear", *each) for each in calls]
     return all(backend is not None and backend.name == NAME for backend in chosen)
-
-
-def _accepts_rows(format: WeightFormat, first: Tensor, *operands: Any) -> bool:
-    scale = next(tensor for tensor in operands if isinstance(tensor, Tensor) and tensor.is_floating_point())
-    return scale.dtype in FLOATS and availability.run_on(first.device)
 
 
 def _accepts_rounding(format: WeightFormat, input: Tensor, scale: Tensor, zero_point: Tensor | None) -> bool:
@@ -69,32 +71,64 @@ def _accepts_outliers(format: None, weight: Tensor, outliers: Outliers) -> bool:
     return weight.dtype is torch.float32 and outliers.values.dtype in FLOATS and availability.run_on(weight.device)
 
 
-def _kernel(module: str, name: str) -> Callable[..., Any]:
-    """A function of a module that imports Triton, once its tensors are known to be on one device."""
+@cache
+def _operands_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)[1:]
+
+
+def check_operands(function: Callable[..., Any], operands: Sequence[Any]) -> None:
+    """Raise :class:`FormatError` where the operands of an op behind its format are not on one device, or of types that
+    its kernel, which has the op's name, does not take.
+    """
+    op, named = function.__name__, dict(zip(_operands_of(function), operands, strict=True))
+    checks.one_device(op, named)
+    for name in COMPUTED:
+        if name in named and named[name].dtype not in FLOATS:
+            raise FormatError(
+                f"{op}: no kernel takes {name} of {named[name].dtype} on {named[name].device}: convert it to one "
+                f"of {', '.join(map(str, FLOATS))}, or set PREQUANT_ISA=reference"
+            )
+
+
+def kernel_of(op: str) -> Callable[..., Any]:
+    """The kernel of an op, in a module that imports Triton: once a call comes whose operands it can take."""
 
     def call(format: WeightFormat | None, *operands: Any) -> Any:
-        checks.one_device(operands)
-        function = getattr(importlib.import_module(f"{__package__}.{module}"), name)
+        function = getattr(importlib.import_module(f"{__package__}.{_MODULES[op]}"), op)
+        check_operands(function, operands)
         return function(format, *operands)
 
     return call
 
 
-_KERNELS = (
-    ("packed_linear", _accepts_linear, _kernel("linear", "packed_linear")),
-    ("packed_linears", _accepts_linears, _kernel("linear", "packed_linears")),
-    ("packed_embedding", _accepts_rows, _kernel("rows", "packed_embedding")),
-    ("dequantize", _accepts_rows, _kernel("rows", "dequantize")),
-    ("dequantize_gradients", _accepts_unpacking_gradients, _kernel("gradients", "dequantize_gradients")),
-    ("add_outliers", _accepts_outliers, _kernel("rows", "add_outliers")),
-    ("quantize", _accepts_rounding, _kernel("simulated", "quantize")),
-    ("fake_quantize", _accepts_rounding, _kernel("simulated", "fake_quantize")),
-    ("fake_quantize_gradients", _accepts_rounding_gradients, _kernel("simulated", "fake_quantize_gradients")),
-    ("dynamic_scale", _accepts_dynamic_scale, _kernel("simulated", "dynamic_scale")),
-)
+_MODULES = {
+    "packed_linear": "linear",
+    "packed_linears": "linear",
+    "packed_embedding": "rows",
+    "dequantize": "rows",
+    "dequantize_gradients": "gradients",
+    "add_outliers": "rows",
+    "quantize": "simulated",
+    "fake_quantize": "simulated",
+    "fake_quantize_gradients": "simulated",
+    "dynamic_scale": "simulated",
+}
+_ACCEPTS: dict[str, Callable[..., bool]] = {
+    "packed_linears": _accepts_linears,
+    "dequantize_gradients": _accepts_unpacking_gradients,
+    "add_outliers": _accepts_outliers,
+    "quantize": _accepts_rounding,
+    "fake_quantize": _accepts_rounding,
+    "fake_quantize_gradients": _accepts_rounding_gradients,
+    "dynamic_scale": _accepts_dynamic_scale,
+}
 
-CUDA = tuple(Backend(NAME, op, "cuda", accepts, kernel) for op, accepts, kernel in _KERNELS)
-for _backend in CUDA:
+
+def _backends_for(device: str) -> tuple[Backend, ...]:
+    return tuple(Backend(NAME, op, device, _ACCEPTS.get(op, _accepts), kernel_of(op)) for op in _MODULES)
+
+
+for _backend in _backends_for("cuda"):
     register_backend(_backend)
 
 
@@ -105,7 +139,7 @@ def interpreted() -> Iterator[None]:
     Raises :class:`~.availability.TritonError` where Triton is missing, or has not been told to interpret.
     """
     availability.check_interpreted()
-    backends = [Backend(NAME, op, "cpu", accepts, kernel) for op, accepts, kernel in _KERNELS]
+    backends = _backends_for("cpu")
     for backend in backends:
         register_backend(backend)
     try:

@@ -12,10 +12,11 @@ import triton
 import triton.testing
 from torch import Tensor
 
-from .. import checks, ops, reference
+from .. import ops, reference
 from ..formats import Granularity, Scheme, WeightFormat
 from ..reference import Outliers
 from . import prepared, tables, tuning, workspace
+from .backends import check_operands
 from .device import linear as device
 from .layout import CHUNK, chunks_of, has_layout
 from .rounding import rounded_tokens
@@ -111,7 +112,7 @@ def packed_linears(format: None, input: Tensor, calls: Sequence[tuple[Any, ...]]
     """``calls`` of :func:`packed_linear` on one input, which is quantized once; those of a kind are one launch."""
     linears = []
     for each in calls:
-        checks.one_device(each)
+        check_operands(packed_linear, each[1:])
         own_format, _, codes, scale, zero_point, outliers, bias, _, _, columns, _, activation, _ = each
         linears.append(Linear(own_format, codes, scale, zero_point, outliers, columns, bias, activation))
     kinds: dict[tuple[Any, ...], list[int]] = {}

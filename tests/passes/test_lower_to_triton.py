@@ -1,6 +1,8 @@
 """Whole lowered models on the Triton kernels: on a GPU, or in Triton's interpreter where there is none."""
 
 import contextlib
+import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,7 @@ from prequant.runtime.triton_kernels import backends
 from ..models import FAMILIES, traced
 
 pytest.importorskip("triton")
-from prequant.runtime.triton_kernels import linear, rows
+from prequant.runtime.triton_kernels import linear, prepared, rows
 
 PIPELINES = {
     "gpt2-causal-lm": "canonicalize,split-outliers{ratio=0.01},"
@@ -31,6 +33,26 @@ def device() -> torch.device:
 def running(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Inside, the kernels take calls on ``device``."""
     return contextlib.nullcontext() if device.type == "cuda" else backends.interpreted()
+
+
+def test_what_ran_there_comes_back_as_it_was(device: torch.device) -> None:
+    """In half precision, as models are on a GPU; what was arranged for the kernels stays out of the Program."""
+    name = "gpt2-causal-lm"
+    program, inputs = Pipeline.parse(PIPELINES[name])(traced(name).copy()), FAMILIES[name]().make_inputs(1, 3, True)
+    program = copy.deepcopy(program).half()
+    before = {name: tensor.clone() for name, tensor in program.state_dict().items()}
+    with running(device), torch.no_grad():
+        program.to(device).planned = False
+        arranged = len(prepared._kept)
+        logits = program(**{key: value.to(device) for key, value in inputs.items()})["logits"]
+        assert logits.dtype is torch.float16 and bool(logits.isfinite().all()) and len(prepared._kept) > arranged
+    after = program.to("cpu").state_dict()
+    assert list(after) == list(before)
+    for name, tensor in before.items():
+        assert torch.equal(after[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    del program, after
+    gc.collect()
+    assert len(prepared._kept) <= arranged
 
 
 @pytest.mark.usefixtures("reference_kernels")  # on the CPU: no plan, and no native kernel
