@@ -247,6 +247,9 @@ class ModelProgram(TracedProgram):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         if self.adapters:
             raise PrequantError("a Program with adapters stays where it is: move it before loading them")
+        from .generation import forget  # what it holds would keep the old tensors
+
+        forget(self)
         return super()._apply(fn, recurse)
 
     def _with_loss(self, outputs: Any, targets: Mapping[str, Tensor], items: Any) -> Any:

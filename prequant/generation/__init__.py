@@ -15,7 +15,7 @@ from .graphs import Graphs, graphs_over, make_graphs
 from .program import GenerativeDecoder, GenerativeProgram, GenerativeSeq2Seq
 from .skeleton import generates
 
-__all__ = ["GenerationError", "GenerativeProgram", "Graphs", "generates", "with_cache"]
+__all__ = ["GenerationError", "GenerativeProgram", "Graphs", "forget", "generates", "with_cache"]
 
 _MADE: WeakKeyDictionary[ModelProgram, tuple[Any, GenerativeProgram]] = WeakKeyDictionary()
 _ALIKE: WeakValueDictionary[Any, GenerativeProgram] = WeakValueDictionary()
@@ -44,6 +44,11 @@ def with_cache(program: ModelProgram) -> GenerativeProgram:
     generative = made[1]
     generative.generation_config = cast(GenerationConfig, program.generation_config)
     return generative
+
+
+def forget(program: ModelProgram) -> None:
+    """Let go of the graphs that :func:`with_cache` has made for ``program``, and of the caches' memory."""
+    _MADE.pop(program, None)
 
 
 def _state(program: ModelProgram) -> Any:

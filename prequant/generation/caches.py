@@ -1,4 +1,4 @@
-"""Caches: what a Program keeps of the positions before, as floats or as 8-bit codes."""
+"""Caches: what a Program keeps of the positions before, as floats or as 8-bit codes, growing or in fixed buffers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .errors import GenerationError
+from .static_cache import StaticCache
 
 QUANTIZED_BITS = 8
 PARTS, QUANTIZED_PARTS = ("keys", "values"), ("keys", "key_scales", "values", "value_scales")
@@ -57,22 +58,27 @@ class QuantizedCache(DynamicCache):
     """A cache of :class:`QuantizedLayer`, which a Program fills."""
 
 
-def is_quantized(config: GenerationConfig) -> bool:
-    """Whether a cache of 8-bit codes is asked for: ``cache_implementation="quantized"``, with or without
-    ``cache_config={"nbits": 8}``.
+DYNAMIC, QUANTIZED, STATIC = "dynamic", "quantized", "static"
+"""What ``cache_implementation`` may be."""
+
+
+def kind_of_cache(config: GenerationConfig) -> str:
+    """The kind of cache that is asked for: one that grows, one of 8-bit codes (``cache_implementation="quantized"``,
+    with or without ``cache_config={"nbits": 8}``), or one in buffers of a fixed length (``"static"``).
 
     Raises :class:`GenerationError` for another kind of cache, and for options that there are none of.
     """
-    kind, options = config.cache_implementation, config.cache_config
-    if kind not in (None, "dynamic", "quantized"):
+    kind, options = config.cache_implementation or DYNAMIC, config.cache_config
+    if kind not in (DYNAMIC, QUANTIZED, STATIC):
         raise GenerationError(
-            f"cache_implementation={kind!r}: a Program generates with a cache that is 'dynamic' or 'quantized'"
+            f"cache_implementation={kind!r}: a Program generates with a cache that is "
+            f"{DYNAMIC!r}, {QUANTIZED!r} or {STATIC!r}"
         )
-    if kind == "quantized" and options not in (None, {}, {"nbits": QUANTIZED_BITS}):
+    if kind == QUANTIZED and options not in (None, {}, {"nbits": QUANTIZED_BITS}):
         raise GenerationError(
             f"cache_config={options!r}: a Program's quantized cache has {{'nbits': {QUANTIZED_BITS}}}"
         )
-    return kind == "quantized"
+    return str(kind)
 
 
 def parts_of(layer: Any) -> tuple[str, ...]:
@@ -81,13 +87,18 @@ def parts_of(layer: Any) -> tuple[str, ...]:
         return QUANTIZED_PARTS
     if type(layer) is not DynamicLayer:
         kind = type(layer).__name__
-        raise GenerationError(f"a cache with a {kind}: give a DynamicCache() that is made without a configuration")
+        raise GenerationError(
+            f"a cache with a {kind}: give a DynamicCache() that is made without a configuration, or "
+            f"cache_implementation={STATIC!r}"
+        )
     return PARTS
 
 
 def held_by(cache: Cache) -> list[Tensor]:
     """All that a cache holds, layer by layer, in the order of the graph's inputs; nothing of an empty one."""
     tensors: list[Tensor] = []
+    if isinstance(cache, StaticCache):
+        return [tensor for layer in cache.layers for tensor in layer.written()]
     layers: list[Any] = cache.layers
     for layer in layers:
         parts = parts_of(layer)
@@ -98,6 +109,9 @@ def held_by(cache: Cache) -> list[Tensor]:
 
 def store(cache: Cache, held: Sequence[Tensor]) -> None:
     """Let a cache hold these tensors, layer by layer."""
+    if isinstance(cache, StaticCache):
+        cache.write(held)
+        return
     kind = QuantizedLayer if isinstance(cache, QuantizedCache) else DynamicLayer
     parts = QUANTIZED_PARTS if kind is QuantizedLayer else PARTS
     while len(parts) * len(cache.layers) < len(held):

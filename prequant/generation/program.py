@@ -16,9 +16,10 @@ from prequant.model import ModelProgram
 from prequant.passes import Program
 from prequant.passes.lifted import lifted
 
-from .caches import QUANTIZED_BITS, QuantizedCache, held_by, is_quantized, store
+from .caches import QUANTIZED, QUANTIZED_BITS, STATIC, QuantizedCache, held_by, kind_of_cache, store
 from .errors import GenerationError
 from .graphs import Graphs, with_quantized_cache
+from .static_cache import StaticCache, StaticDecoder
 
 MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 """What needs no more than the logits of the last position."""
@@ -47,7 +48,8 @@ class GenerativeProgram(GenerationMixin, ABC):
     ``graphs.prefill`` takes any number of new positions, ``graphs.decode`` one. Both compute on the tensors of the
     Program that they were made from, in eval mode. The cache is a ``DynamicCache`` of plain layers, also for a model
     with sliding windows, whose graph masks what is out of sight; with ``cache_implementation="quantized"`` it holds
-    8-bit codes, and other graphs read and write those.
+    8-bit codes, and other graphs read and write those. With ``"static"`` it is a
+    :class:`~prequant.generation.static_cache.StaticCache`, which decode steps write into.
     """
 
     main_input_name = "input_ids"
@@ -70,6 +72,17 @@ class GenerativeProgram(GenerationMixin, ABC):
         """The graphs that fill such a cache."""
         return self._quantized_steps if isinstance(cache, QuantizedCache) else self._steps
 
+    @cached_property
+    def static(self) -> StaticDecoder:
+        """The decode graph over buffers of a fixed length. Raises :class:`PassError` where the graph has no such form,
+        and :class:`GenerationError` where that computes something else.
+        """
+        from .check import check_static  # which runs what is made here
+
+        decoder = StaticDecoder(self.graphs, self.device)
+        check_static(self, decoder)
+        return decoder
+
     # ---- what generate asks ------------------------------------------------------------------------------------------
 
     def can_generate(self) -> bool:
@@ -86,16 +99,33 @@ class GenerativeProgram(GenerationMixin, ABC):
         return {}
 
     def _prepare_cache_for_generation(  # type: ignore[override]  # what it returns is not used
-        self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+        *_: Any,
     ) -> None:
-        quantized = is_quantized(generation_config)
+        kind = kind_of_cache(generation_config)
         given = model_kwargs.get(CACHE)
         if given is not None:
-            if quantized:
-                raise GenerationError(f"give {CACHE}, or cache_implementation='quantized', which makes one")
+            if kind in (QUANTIZED, STATIC):
+                raise GenerationError(f"give {CACHE}, or cache_implementation={kind!r}, which makes one")
             given._is_user_defined = True
+        elif generation_config.use_cache and kind == STATIC:
+            batch = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+            model_kwargs[CACHE] = self.static_cache(batch, length, model_kwargs.get("encoder_outputs"))
         elif generation_config.use_cache:
-            model_kwargs[CACHE] = self._new_cache(quantized)
+            model_kwargs[CACHE] = self._new_cache(kind == QUANTIZED)
+
+    def static_cache(self, batch: int, length: int, encoder_outputs: BaseModelOutput | None = None) -> Cache:
+        """An empty cache of a fixed length, in positions, for so many texts (or beams).
+
+        ``encoder_outputs`` are those of a seq2seq model. Raises what :attr:`static` does.
+        """
+        return self.static.cache(batch, length)
 
     def _new_cache(self, quantized: bool = False) -> Cache:
         return QuantizedCache() if quantized else DynamicCache()
@@ -176,6 +206,11 @@ class GenerativeDecoder(GenerativeProgram):
             if position_ids is None:
                 position_ids = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)[:, -length:]
             inputs.append(position_ids if position_ids.shape[0] == batch else position_ids.expand(batch, -1))
+        if isinstance(past_key_values, StaticCache):
+            past_key_values.check(batch, length)
+            if length == 1:
+                logits = past_key_values.step(inputs)
+                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         steps = self._steps_with(past_key_values)
         logits, *present = (steps.decode if length == 1 else steps.prefill)(*inputs, *past)
         cache = self._new_cache() if past_key_values is None and use_cache else past_key_values
@@ -199,6 +234,13 @@ class GenerativeSeq2Seq(GenerativeProgram):
     def _new_cache(self, quantized: bool = False) -> Cache:
         new = super()._new_cache
         return EncoderDecoderCache(new(quantized), new(quantized))
+
+    def static_cache(self, batch: int, length: int, encoder_outputs: BaseModelOutput | None = None) -> Cache:
+        """See :meth:`GenerativeProgram.static_cache`. What the encoder gives is kept as it comes, and copied once."""
+        if encoder_outputs is None:
+            raise GenerationError("a static cache of a seq2seq model is made for what its encoder returned")
+        source = int(cast(Tensor, encoder_outputs[0]).shape[1])
+        return EncoderDecoderCache(self.static.cache(batch, length, source), DynamicCache())
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # names each input: generate refuses others
         self,
@@ -251,16 +293,20 @@ class GenerativeSeq2Seq(GenerativeProgram):
             encoder_outputs = self.encoder(cast(Tensor, input_ids), attention_mask)
         hidden = cast(Tensor, encoder_outputs[0])
         batch, length = decoder_input_ids.shape
-        own = None if cache is None else cache.self_attention_cache
+        own: Cache | None = None if cache is None else cache.self_attention_cache
         past, steps = self._past(own, batch), self._steps_with(own)
         mask = self._attention_mask(decoder_attention_mask, batch, past[0].shape[2] + length)
         source_mask = self._attention_mask(attention_mask, batch, hidden.shape[1])
         cross = [] if cache is None else held_by(cache.cross_attention_cache)
-        if length == 1 and cross:
+        if isinstance(own, StaticCache):
+            own.check(batch, length, hidden.shape[1])
+        if isinstance(own, StaticCache) and length == 1 and cross:
+            logits, present = own.step([decoder_input_ids, mask, source_mask], cross), []
+        elif length == 1 and cross:
             logits, *present = steps.decode(decoder_input_ids, mask, source_mask, *past, *cross)
         else:
             logits, *present = steps.prefill(decoder_input_ids, mask, source_mask, hidden, *past)
-        if cache is not None:
+        if cache is not None and present:
             store(cache.self_attention_cache, present[: len(past)])
             if not cross:
                 store(cache.cross_attention_cache, present[len(past) :])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,11 +18,19 @@ COUNTERS = 1 << 14
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
+class _Graph(threading.local):
+    counters: Tensor | None = None
+
+
+_graph = _Graph()
+"""Counters of the graph that this thread captures."""
+
+
 def of_split(split: int, results: int, tiles: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """Room for the sums of ``split`` programs a tile, and a zero for every tile; nothing where columns are not split.
 
     Kernels leave the counters at zero, so those of a stream are made once. A graph that is being captured gets some of
-    its own, as it may run beside anything.
+    its own, as it may run beside anything: one for all its launches in :func:`counters_of_graph`, else one for each.
     """
     if split == 1:
         return None, None
@@ -28,12 +38,26 @@ def of_split(split: int, results: int, tiles: int, device: torch.device) -> tupl
 
 
 def _zeros(tiles: int, device: torch.device) -> Tensor:
+    if _graph.counters is not None and tiles <= COUNTERS and _graph.counters.device == device:
+        return _graph.counters
     if tiles > COUNTERS or capturing(device):
         return torch.zeros(tiles, dtype=torch.int32, device=device)
     key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     if key not in _counters:
         _counters[key] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
     return _counters[key]
+
+
+@contextlib.contextmanager
+def counters_of_graph(device: torch.device) -> Iterator[Tensor]:
+    """Inside, launches of this thread on ``device`` share the counters that are yielded: for a graph whose launches run
+    one after the other. Whoever launches the graph keeps them.
+    """
+    before, _graph.counters = _graph.counters, torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    try:
+        yield _graph.counters
+    finally:
+        _graph.counters = before
 
 
 def capturing(device: torch.device) -> bool:

@@ -125,7 +125,7 @@ def test_rows_of_a_cache_move_with_their_scales() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"cache_implementation": "offloaded_static"}, "cache_implementation=.offloaded_static."),
         ({**QUANTIZED, "cache_config": {"nbits": 4}}, r"cache_config=\{'nbits': 4\}: .* \{'nbits': 8\}"),
         ({**QUANTIZED, "past_key_values": DynamicCache()}, "give past_key_values, or cache_implementation='quantized'"),
     ],
