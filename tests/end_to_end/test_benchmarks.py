@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ..prequant.tiny import save_folder, write_data
 
@@ -134,6 +135,35 @@ def test_onnx_export_compares_with_onnx_runtime(tmp_path: Path, monkeypatch: pyt
         if row["run by"].endswith("matmulnbits") and "inputs" not in row["weights and inputs"]
     ]
     assert exact and all(float(row["largest difference of logits"]) < 1e-4 for row in exact)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures for minutes where there is a GPU")
+def test_those_of_a_gpu_run_in_the_interpreter_and_refuse_without_one(tmp_path: Path) -> None:
+    """Each contender checks its results itself; there is nothing to write."""
+    pytest.importorskip("triton")
+    done = run("gpu_linear.py", "--smoke", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in (
+        "cuBLAS bf16",
+        "2 bits",
+        "ternary",
+        "3 binary planes",
+        "4 bits, 0.5 % outliers",
+        "4 bits, 8-bit inputs",
+    ):
+        assert re.search(rf"^\| {re.escape(name)} \| [\d,.]+( \([\d.]+\))? \| ", done.stdout, re.MULTILINE), name
+    for peer in ("GemLite", "bitsandbytes", "torch _weight_int4pack_mm"):  # measured, or said to be absent
+        assert f"\n| {peer}" in done.stdout
+    done = run("gpu_decode.py", "--smoke", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^\| (transformers|prequant)[^|]* \| (-?[\d,]+) \|", done.stdout, re.MULTILINE)
+    assert [name for name, _ in rows] == ["transformers", "prequant"]
+    for script in ("gpu_linear.py", "gpu_decode.py"):
+        done = run(script, "--out", tmp_path)
+        assert done.returncode == 1 and "torch finds no CUDA device here" in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
