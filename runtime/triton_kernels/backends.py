@@ -94,14 +94,14 @@ def kernel_of(op: str) -> Callable[..., Any]:
     """The kernel of an op, in a module that imports Triton: once a call comes whose operands it can take."""
 
     def call(format: WeightFormat | None, *operands: Any) -> Any:
-        function = getattr(importlib.import_module(f"{__package__}.{_MODULES[op]}"), op)
+        function = getattr(importlib.import_module(f"{__package__}.{MODULES[op]}"), op)
         check_operands(function, operands)
         return function(format, *operands)
 
     return call
 
 
-_MODULES = {
+MODULES = {
     "packed_linear": "linear",
     "packed_linears": "linear",
     "packed_embedding": "rows",
@@ -113,6 +113,8 @@ _MODULES = {
     "fake_quantize_gradients": "simulated",
     "dynamic_scale": "simulated",
 }
+"""Where the kernel of each op stands."""
+
 _ACCEPTS: dict[str, Callable[..., bool]] = {
     "packed_linears": _accepts_linears,
     "dequantize_gradients": _accepts_unpacking_gradients,
@@ -125,7 +127,7 @@ _ACCEPTS: dict[str, Callable[..., bool]] = {
 
 
 def _backends_for(device: str) -> tuple[Backend, ...]:
-    return tuple(Backend(NAME, op, device, _ACCEPTS.get(op, _accepts), kernel_of(op)) for op in _MODULES)
+    return tuple(Backend(NAME, op, device, _ACCEPTS.get(op, _accepts), kernel_of(op)) for op in MODULES)
 
 
 for _backend in _backends_for("cuda"):
