@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from prequant.checkpoint.atomic import replacing_file
 from prequant.quiet import no_progress_bars
 from prequant.runtime.memory import return_freed_memory
 
@@ -148,9 +149,5 @@ def plain(value: Any) -> Any:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON whole or not at all; see :func:`plain`."""
     text = json.dumps(plain(content), indent=1, allow_nan=False) + "\n"
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing_file(path) as staging:
+        staging.write_text(text, encoding="utf-8")

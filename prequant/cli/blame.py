@@ -57,13 +57,20 @@ def blame(
     from prequant.measure import write_json
     from prequant.passes import Canonicalize, Pipeline, Program
     from prequant.quiet import no_progress_bars
-    from prequant.sources import canonical_program, find_tokenizer, load_model_like, load_program, load_tokenizer
+    from prequant.sources import (
+        canonical_program,
+        check_output_file,
+        find_tokenizer,
+        load_model_like,
+        load_program,
+        load_tokenizer,
+    )
     from prequant.tasks import task as find_task
 
     if (original is None) == (pipeline is None):
         raise BlameError("give either --original, the float model, or --pipeline, what to compress MODEL by")
-    if out is not None and not out.parent.is_dir():
-        raise BlameError(f"--out {out}: there is no folder {str(out.parent)!r}")
+    if out is not None:
+        check_output_file(out)
     found = None if task is None else find_task(task)
     steps = None if pipeline is None else Pipeline.read(pipeline)
     with no_progress_bars() if quiet else nullcontext():

@@ -121,7 +121,9 @@ def export(
     AOTInductor (aoti).
     """
     from prequant.checkpoint import load
+    from prequant.sources import check_output_file
 
+    check_output_file(out)
     given = {
         "style": None if style is None else style.value,
         "opset": opset,

@@ -231,7 +231,8 @@ BAD: list[tuple[list[Any], str]] = [
     (["{model}", "--data", "none.txt", "--pipeline", "quantize-weights"], "data path 'none.txt' does not exist"),
     (["{model}", "--data", "{texts}", "--original", "{model}"], "has no prequant.json, so it holds no Program"),
     (["{model}", "--data", "{texts}", "--pipeline", "canonicalize"], "no weight is compressed"),
-    (["{model}", "--data", "{texts}", "--pipeline", "lower", "--out", "no/such/file.json"], "there is no folder"),
+    (["{model}", "--data", "{texts}", "--pipeline", "lower", "--out", "{model}"], "is a folder; name a file to write"),
+    (["{model}", "--data", "{texts}", "--pipeline", "lower", "--out", "{texts}/a"], "is no folder that can be written"),
     (["{model}", "--data", "{texts}", "--pipeline", "quantize-weights", "--max-length", "99"], "has 34 positions"),
 ]
 

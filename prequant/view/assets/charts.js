@@ -24,7 +24,7 @@ function valueChart(weight) {
     ["bar", "values now"], ...(original ? [["before", "original"]] : []), ...(outliers ? [["outlier", "outliers"]] : []),
     ...(weight.levels.length ? [["level", "levels at the median scale"]] : []),
   ];
-  return chart("Values", `Histogram of values from ${low.toPrecision(3)} to ${high.toPrecision(3)}`, parts, keys);
+  return chart("Values", `Histogram of values from ${significant(low, 3)} to ${significant(high, 3)}`, parts, keys);
 }
 
 function outline(counts, most, width) {
@@ -43,7 +43,7 @@ function axis(low, high, xOf) {
     shape("line", { class: "axis", x1: 0, x2: CHART.w, y1: CHART.base, y2: CHART.base }),
     ...marks.map(([value, anchor, x]) => {
       const words = shape("text", { x, y: CHART.h - 6, "text-anchor": anchor });
-      words.textContent = value === 0 ? "0" : value.toPrecision(3);
+      words.textContent = value === 0 ? "0" : significant(value, 3);
       return words;
     }),
   ];

@@ -30,15 +30,22 @@ function inkOn(hex) {
   return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#101418" : "#ffffff";
 }
 
+// A number with so many significant digits, or all of its whole part: 0.0123, 1.23, 123, 1234 (not 1.23e+3).
+function significant(value, digits) {
+  const size = Math.abs(value);
+  if (size >= 10 ** digits - 0.5) return value.toFixed(0);
+  return value.toPrecision(digits);
+}
+
 function formatBytes(bytes) {
   if (bytes < 1000) return `${Math.round(bytes)} B`;
   const [size, unit] = bytes < 1e6 ? [bytes / 1e3, "kB"] : bytes < 1e9 ? [bytes / 1e6, "MB"] : [bytes / 1e9, "GB"];
-  return `${size.toPrecision(3)} ${unit}`;
+  return `${significant(size, 3)} ${unit}`;
 }
 
 function formatSeconds(seconds) {
-  if (seconds < 1e-3) return `${(seconds * 1e6).toPrecision(2)} µs`;
-  return seconds < 1 ? `${(seconds * 1e3).toPrecision(3)} ms` : `${seconds.toPrecision(3)} s`;
+  if (seconds < 1e-3) return `${significant(seconds * 1e6, 2)} µs`;
+  return seconds < 1 ? `${significant(seconds * 1e3, 3)} ms` : `${significant(seconds, 3)} s`;
 }
 
 const formatBits = (bits) => `${bits.toFixed(bits < 10 ? 2 : 1).replace(/\.?0+$/, "")} bit`;

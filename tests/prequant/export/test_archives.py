@@ -130,6 +130,15 @@ def test_the_command(tmp_path: Path) -> None:
     assert refused.exit_code != 0 and "--opset is for --format onnx, not pt2" in refused.stderr
 
 
+@pytest.mark.parametrize("format", ["onnx", "pt2", "aoti"])
+def test_a_folder_in_the_way_is_noticed_before_the_work(format: str, tmp_path: Path) -> None:
+    (tmp_path / "model.pt2").mkdir()
+    words = ["export", str(tmp_path / "no-model"), "--format", format, "--out", str(tmp_path / "model.pt2")]
+    refused = CliRunner().invoke(app, words)
+    assert refused.exit_code == 2
+    assert refused.stderr == f"prequant export: {tmp_path / 'model.pt2'} is a folder; name a file to write\n"
+
+
 def test_nothing_is_unpacked_in_an_archive(tmp_path: Path) -> None:
     program = program_of("bert-sequence-classification", lowered=True)
     path = export_pt2(program, tmp_path / "model.pt2")

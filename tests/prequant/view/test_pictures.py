@@ -6,9 +6,11 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
+import quickjs
 
 from prequant.view import COLOURINGS, PictureError, Record, record_of, write_picture
 from prequant.view.dot import dot, quoted
+from prequant.view.page import scripts
 from prequant.view.pictures import check_format
 from prequant.view.scene import scene
 
@@ -149,3 +151,21 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         PictureError, match=r"png takes the extra: pip install 'prequant\[pictures\]' \(quickjs is missing"
     ):
         check_format("png", "bits")
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        ("formatSeconds(9.2e-4)", "920 µs"),
+        ("formatSeconds(9.4e-6)", "9.4 µs"),
+        ("formatSeconds(0.9996)", "1000 ms"),
+        ("formatBytes(999999)", "1000 kB"),
+        ("formatBytes(73728)", "73.7 kB"),
+        ("significant(-1234.5, 3)", "-1235"),
+        ("significant(0.012345, 3)", "0.0123"),
+    ],
+)
+def test_numbers_are_written_without_exponents(call: str, text: str) -> None:
+    context = quickjs.Context()
+    context.eval(scripts(("colours.js",)))
+    assert context.eval(call) == text
