@@ -45,6 +45,9 @@ class Options:
     rest: Rest = "inductor"
 
     def __post_init__(self) -> None:
+        for name, value in (("recipe", self.recipe), ("pipeline", self.pipeline)):
+            if value is not None and not isinstance(value, str):
+                raise CompileError(f"{name}={value!r}: expected text")
         if self.recipe is not None and self.pipeline is not None:
             raise CompileError(f"recipe={self.recipe!r} and pipeline={self.pipeline!r}: give one of them")
         if self.recipe is not None and not _RECIPE.fullmatch(self.recipe):

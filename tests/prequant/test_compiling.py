@@ -139,6 +139,8 @@ def test_gradients_reach_the_inputs(rest: str) -> None:
     ("options", "message"),
     [
         ({"recipe": "w9"}, "recipe='w9': expected w1 to w8"),
+        ({"recipe": 4}, "recipe=4: expected text"),
+        ({"pipeline": ["lower"]}, r"pipeline=\['lower'\]: expected text"),
         ({"recipe": "w4", "pipeline": "canonicalize"}, "give one of them"),
         ({"rest": "tvm"}, "rest='tvm': expected inductor or eager"),
         ({"recipes": "w4"}, "no option 'recipes'.*recipe"),
