@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,13 +25,14 @@ def save_with_errors(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase | None,
     steps: Pipeline,
-    calibration: Path | None = None,
+    settings: Mapping[str, object] = {},
 ) -> None:
     """Save ``program``, and beside it a report: the error of each weight, what the passes did, settings.
 
     ``steps`` made it from ``original``, which ``source`` holds and against which errors are measured. Where that is
     compressed itself, what was recorded beside it stands for the weights that are still the same; of others it is not
-    known. ``calibration``: the file of texts that passes measured with, if there was one.
+    known. ``settings``: what else it was made with (the file of texts that passes measured with, the type of floats),
+    for the report; None is what was not given.
     """
     # Where layers are dropped, others take their names: a weight is compared with what it was made of.
     dropped = [step for step in steps.passes if isinstance(step, DropLayers)]
@@ -50,7 +52,7 @@ def save_with_errors(
         "settings": {
             "model": str(source),
             "pipeline": str(steps),
-            **({} if calibration is None else {"calibration": str(calibration)}),
+            **{name: str(value) for name, value in settings.items() if value is not None},
             "versions": installed_versions(),
         },
     }

@@ -195,14 +195,17 @@ def load_for(
     return model.eval(), tuple(sorted(loading["missing_keys"]))
 
 
-def load_model(source: str | Path) -> PreTrainedModel:
-    """The model of a folder or hub name as the class that its config names, in eval mode. Raises SourceError."""
+def load_model(source: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of a folder or hub name as the class that its config names, in eval mode.
+
+    ``dtype``: the type of its weights; None takes the one that they are stored in. Raises SourceError.
+    """
     with _reading(source, "the model"):
         config = AutoConfig.from_pretrained(source)
         for name in getattr(config, "architectures", None) or ():
             kind = getattr(transformers, name, None)
             if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
-                return kind.from_pretrained(source).eval()
+                return kind.from_pretrained(source, dtype=dtype or "auto").eval()
     raise SourceError(
         f"{source}: its config.json names no model class of transformers in 'architectures': {config.architectures}"
     )
@@ -312,9 +315,14 @@ def canonical_program(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     return Pipeline([Canonicalize()])(trace(model.eval(), example_inputs(model, tokenizer)))
 
 
-def load_program(source: str | Path) -> Program:
-    """A Program from whatever ``source`` is: a folder that prequant saved, a model folder, or a hub name."""
+def load_program(source: str | Path, dtype: torch.dtype | None = None) -> Program:
+    """A Program from whatever ``source`` is: a folder that prequant saved, a model folder, or a hub name.
+
+    ``dtype``: as for :func:`load_model`. Raises :class:`SourceError`, also for another type than a folder was made in.
+    """
     if holds_program(source):
+        if dtype is not None:
+            raise SourceError(f"{source} was made by prequant, and its type is settled; give the float model")
         return load(source)
-    model = load_model(source)
+    model = load_model(source, dtype)
     return trace(model, example_inputs(model, find_tokenizer(source)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,14 @@ from . import options
 from .app import command, show
 
 CALIBRATION_TEXTS = 256
+
+
+class FloatType(str, Enum):
+    """Types of floats by their names in PyTorch."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
 
 
 @command("opt", "Run any pipeline of passes over a model.")
@@ -34,11 +43,20 @@ def opt(
         Path | None,
         typer.Option(help="A file of texts, for passes that can measure with inputs (allocate-bits); 256 are drawn."),
     ] = None,
+    dtype: Annotated[
+        FloatType | None,
+        typer.Option(
+            help="The type that MODEL's weights are loaded in, and computed with; ONNX takes float32 alone.",
+            show_default="the one they are stored in",
+        ),
+    ] = None,
     reports: Annotated[
         bool, typer.Option("--reports/--no-reports", help="Show what each pass changed and kept.")
     ] = True,
 ) -> None:
     """Trace MODEL (or load a folder that prequant saved), run a pipeline, and save the result."""
+    import torch
+
     from prequant.example_texts import example_batches, with_batches
     from prequant.opt import save_with_errors
     from prequant.passes import Damage, Dump, Observer, Pipeline, Timing, Verify
@@ -54,7 +72,8 @@ def opt(
     steps = Pipeline.read(pipeline)
     if out is not None:
         check_output(out, *(() if holds_program(model) else (model,)))
-    program, tokenizer = load_program(model), find_tokenizer(model)
+    program = load_program(model, None if dtype is None else getattr(torch, dtype.value))
+    tokenizer = find_tokenizer(model)
     measured: list[Timing | Damage] = [
         *([Timing()] if timing else []),
         *([Damage(example_inputs_of(program, tokenizer))] if damage else []),
@@ -71,5 +90,6 @@ def opt(
     for observer in measured:
         show(observer.table())
     if out is not None:
-        save_with_errors(result, program, model, out, tokenizer, steps, calibration)
+        given_settings = {"calibration": calibration, "dtype": None if dtype is None else dtype.value}
+        save_with_errors(result, program, model, out, tokenizer, steps, given_settings)
         show(f"saved to {out}")

@@ -41,6 +41,10 @@ SCHEMAS = {
 }
 """``rounded``: the product is to round its input to 8 bits itself. They have shapes and no kernels: they exist to be
 exported."""
+_FLOAT32 = (
+    "only Programs of float32 can be exported; make it of the model in float32 ('prequant opt --dtype float32', or "
+    "from_pretrained(..., dtype=torch.float32))"
+)
 for _op, _schema in SCHEMAS.items():
     library.define(_op + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -105,7 +109,7 @@ def lowered(program: Program) -> Program:
     names = {name for view in weights(result) for name in view.tensors.values()}
     for name, tensor in held:
         if tensor.is_floating_point() and tensor.dtype is not torch.float32 and name not in names:
-            raise ExportError(f"{name} is of {_dtype(tensor)}: only Programs of float32 can be exported")
+            raise ExportError(f"{name} is of {_dtype(tensor)}: {_FLOAT32}")
     return result
 
 
@@ -116,7 +120,7 @@ def _check_dtypes(program: Program, view: WeightView) -> None:
     for value in (program.tensor(view.tensors[part]), node.meta.get("val")):
         if isinstance(value, Tensor) and value.dtype is not torch.float32:
             where = f"{view.name} (%{node.name}, {view.format})"
-            raise ExportError(f"{where} is of {_dtype(value)}: only Programs of float32 can be exported")
+            raise ExportError(f"{where} is of {_dtype(value)}: {_FLOAT32}")
 
 
 def _dtype(tensor: Tensor) -> str:
