@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,11 +26,16 @@ SIZES = (3, 5, 7, 11, 13, 17)
 
 @contextmanager
 def replacing_archive(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A file to write, which becomes ``path`` at the end. Raises :class:`ExportError` for a name of another kind."""
+    """A file to write, which becomes ``path`` at the end. Raises :class:`ExportError` for a name of another kind.
+
+    It has the name of ``path``, in a folder beside it: PyTorch names the entries of an archive after its file.
+    """
     if Path(path).suffix != ".pt2":
         raise ExportError(f"{os.fspath(path)}: PyTorch loads archives and packages from files named *.pt2")
-    with replacing_file(Path(path)) as new:
-        yield new
+    with replacing_file(Path(path)) as new, TemporaryDirectory(prefix=".", dir=new.parent) as folder:
+        staged = Path(folder) / Path(path).name
+        yield staged
+        staged.replace(new)
 
 
 def exported(program: Program) -> ExportedProgram:

@@ -152,6 +152,13 @@ def test_nothing_is_unpacked_in_an_archive(tmp_path: Path) -> None:
     assert tensor_bytes(program) <= stored <= 1.05 * tensor_bytes(program)
 
 
+def test_no_name_of_a_temporary_file_is_left_in_an_archive(tmp_path: Path) -> None:
+    path = export_pt2(program_of("bert-sequence-classification", lowered=True), tmp_path / "model.pt2")
+    with zipfile.ZipFile(path) as archive:
+        assert {name.split("/")[0] for name in archive.namelist()} == {"model"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_an_archive_needs_the_runtime_alone(tmp_path: Path) -> None:
     name = "bert-sequence-classification"
     program = program_of(name, lowered=True)
