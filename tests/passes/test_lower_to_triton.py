@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -66,6 +67,7 @@ def test_a_lowered_model_computes_what_the_reference_does(
     calls: list[str] = []
 
     def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
         def call(*arguments: Any) -> Any:
             calls.append(name)
             return function(*arguments)
