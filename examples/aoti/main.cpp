@@ -63,8 +63,9 @@ void run(const std::vector<std::string> &words) {
     std::vector<int64_t> ids;
     int64_t repeat = 0;
     for (size_t i = 1; i < words.size(); ++i) {
-        if (words[i] == "--repeat" && i + 1 < words.size()) {
-            repeat = whole_number(words[++i]);
+        if (words[i] == "--repeat") {
+            if (++i == words.size()) throw std::runtime_error("--repeat wants a number of calls");
+            repeat = whole_number(words[i]);
         } else {
             ids.push_back(whole_number(words[i]));
         }

@@ -164,7 +164,8 @@ def load(
     config = Record(read_json(inside(folder, CONFIG_FILE)), str(folder / CONFIG_FILE))
     if not (folder / GRAPH_FILE).exists():
         raise CheckpointError(
-            f"{folder} has no {GRAPH_FILE}, so it holds no Program; load it with AutoModel....from_pretrained"
+            f"{folder} has no {GRAPH_FILE}, so it holds no Program; 'prequant opt' makes one of a model, and "
+            "AutoModel....from_pretrained loads it as it is"
         )
     record = Record(read_json(inside(folder, GRAPH_FILE)), str(folder / GRAPH_FILE))
     _check_versions(record)
