@@ -6,7 +6,7 @@ results/prequant_tasks; --only and --task measure some, so that several processe
 one thread (OMP_NUM_THREADS=1)::
 
     python tests/benchmarks/prequant_tasks.py run --work DIR --steps 1000 --task sst2 --task cola --task stsb
-    python tests/benchmarks/prequant_tasks.py run --work DIR --steps 300 --task squad
+    python tests/benchmarks/prequant_tasks.py run --work DIR --steps 400 --task squad
     python tests/benchmarks/prequant_tasks.py table
 """
 

@@ -1,91 +1,22 @@
-"""When a Program runs by its plan, and that it sees everything that changes."""
+"""When a Program runs by its plan, and what its calls are like."""
 
-import copy
 import gc
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prequant.passes import Pipeline, Program, QuantizeWeights, lower
-from prequant.passes.compose_ops import ComposeOps
+from prequant.passes import Program
 from prequant.passes.plan import runner
 from prequant.passes.plan.compile import Draft, draft_plan
-from prequant.runtime import plan as runtime_plan
-from prequant.trace import trace
 
-
-class Small(nn.Module):
-    """ids [batch, length] and floats [batch, length, 8]: an embedding, two linears, a norm, and a call of PyTorch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(12, 8)
-        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.norm = nn.LayerNorm(8)
-        self.shift: Tensor
-        self.register_buffer("shift", torch.randn(8))
-
-    def forward(self, ids: Tensor, x: Tensor) -> Tensor:
-        hidden = self.norm(torch.sin(self.first(self.tokens(ids) + x)) + self.shift)
-        return self.second(hidden).tanh()
-
-
-@cache
-def lowered() -> Program:
-    torch.manual_seed(3)
-    inputs = {"ids": torch.randint(0, 12, (3, 5)), "x": torch.randn(3, 5, 8)}
-    traced = trace(Small().eval(), inputs)
-    return lower(Pipeline([QuantizeWeights(bits=4)])(traced))
-
-
-@pytest.fixture
-def program() -> Program:
-    return copy.deepcopy(lowered())
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Grows by one with every call of a plan."""
-    made: list[int] = []
-    call = runtime_plan.Plan.__call__
-
-    def counted(self: runtime_plan.Plan, *inputs: Tensor) -> tuple[Any, ...]:
-        made.append(len(made))
-        return call(self, *inputs)
-
-    monkeypatch.setattr(runtime_plan.Plan, "__call__", counted)
-    yield made
-
-
-def inputs_of(batch: int = 2, length: int = 4) -> dict[str, Tensor]:
-    return {"ids": torch.randint(0, 12, (batch, length)), "x": torch.randn(batch, length, 8)}
-
-
-def by_graph(program: Program, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        result = fx.Interpreter(program).run(*program.bind((), inputs))
-    return result[0] if isinstance(result, (tuple, list)) else result
-
-
-def planned(program: Program, calls: list[int], inputs: dict[str, Tensor] | None = None) -> bool:
-    """Whether a call goes by the plan; its result has to be the graph's."""
-    inputs = inputs or inputs_of()
-    before = len(calls)
-    with torch.no_grad():
-        found = program(**inputs)
-    expected = by_graph(program, inputs)
-    assert found.dtype == expected.dtype
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-    return len(calls) > before
-
+from .small import by_graph, inputs_of, planned
 
 # ---- when
 
@@ -249,121 +180,6 @@ def test_export_and_compile(program: Program, calls: list[int]) -> None:
         found = compiled(**inputs)
     assert len(calls) == 2
     torch.testing.assert_close(found, by_graph(program, inputs), atol=1e-6, rtol=1e-5)
-
-
-# ---- what changes
-
-
-def weight_of(program: Program, name: str) -> nn.Parameter:
-    return program.get_parameter(name)
-
-
-def gone_and_back(program: Program, *names: str) -> None:
-    for name in names:
-        program.delete_tensor(name)
-    for name in names:
-        program.set_tensor(name, torch.randn(8))
-
-
-CHANGES: dict[str, Callable[[Program], Any]] = {
-    "written to": lambda p: torch.no_grad()(lambda: weight_of(p, "norm.weight").copy_(torch.randn(8)))(),
-    "a scale is written to": lambda p: torch.no_grad()(lambda: weight_of(p, "first.weight.scale").mul_(2))(),
-    "a scale of the embedding": lambda p: torch.no_grad()(lambda: weight_of(p, "tokens.weight.scale").mul_(2))(),
-    "a bias is written to": lambda p: torch.no_grad()(lambda: weight_of(p, "second.bias").add_(1))(),
-    "codes are written to": lambda p: p.get_buffer("first.weight.codes").fill_(0x31),
-    "a buffer is written to": lambda p: p.get_buffer("shift").zero_(),
-    "other data": lambda p: setattr(weight_of(p, "norm.bias"), "data", torch.randn(8)),
-    "data of another order": lambda p: setattr(weight_of(p, "norm.bias"), "data", torch.randn(16)[::2]),
-    "a tensor is set": lambda p: p.set_tensor("second.weight.scale", torch.rand(8, 1)),
-    "a buffer becomes a parameter": lambda p: p.set_tensor("shift", torch.randn(8), trainable=True),
-    "a buffer is replaced": lambda p: setattr(p, "shift", torch.randn(8)),
-    "gone and back": lambda p: gone_and_back(p, "norm.bias"),
-    "a module is gone and back": lambda p: gone_and_back(p, "norm.bias", "norm.weight"),
-    "another state": lambda p: p.load_state_dict({k: v.roll(1, 0) for k, v in p.state_dict().items()}),
-    "another state, assigned": lambda p: p.load_state_dict(
-        {k: v.roll(1, 0) for k, v in p.state_dict().items()}, assign=True
-    ),
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_the_next_call_sees(program: Program, calls: list[int], name: str) -> None:
-    inputs = inputs_of()
-    assert planned(program, calls, inputs)
-    before = by_graph(program, inputs)
-    for _ in range(2):
-        CHANGES[name](program)
-        assert planned(program, calls, inputs)
-    assert not torch.equal(by_graph(program, inputs), before)
-
-
-def test_another_type_is_seen(program: Program, calls: list[int]) -> None:
-    assert planned(program, calls)
-    norm = program.get_parameter("norm.weight"), program.get_parameter("norm.bias")
-    for parameter in norm:
-        parameter.data = parameter.data.double()
-    inputs = inputs_of()
-    with torch.no_grad(), pytest.raises(RuntimeError):
-        program(**inputs)
-    for parameter in norm:
-        parameter.data = parameter.data.float()
-    assert planned(program, calls)
-    with torch.no_grad():
-        expected = program(**inputs)
-        program.to(torch.bfloat16)
-        found = program(inputs["ids"], inputs["x"].bfloat16())
-    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
-    program.to(torch.float32)
-    assert planned(program, calls)
-
-
-def test_a_tensor_that_is_gone_is_missed(program: Program, calls: list[int]) -> None:
-    assert planned(program, calls)
-    program.delete_tensor("norm.bias")
-    with torch.no_grad(), pytest.raises(AttributeError):
-        program(**inputs_of())
-
-
-def test_weights_on_another_device(program: Program, calls: list[int]) -> None:
-    assert planned(program, calls)
-    moved = copy.deepcopy(program).to("meta")
-    with torch.no_grad():
-        found = moved(**{name: value.to("meta") for name, value in inputs_of().items()})
-    assert found.is_meta
-    assert moved.runner is not None
-    assert "no plain tensor of the CPU" in moved.runner.obstacle
-
-
-# ---- copies
-
-
-def test_copies_plan_for_themselves(program: Program, calls: list[int]) -> None:
-    inputs = inputs_of()
-    assert planned(program, calls, inputs)
-    before = by_graph(program, inputs)
-    for other in (copy.deepcopy(program), program.copy()):
-        assert other.planned
-        assert planned(other, calls, inputs)
-        assert torch.equal(by_graph(other, inputs), before)
-    changed = copy.deepcopy(program)
-    with torch.no_grad():
-        changed.get_parameter("norm.weight").zero_()
-    assert planned(changed, calls, inputs)
-    assert torch.equal(by_graph(program, inputs), before)
-    assert planned(program, calls, inputs)
-
-
-def test_another_pass_makes_another_plan(program: Program, calls: list[int]) -> None:
-    inputs = inputs_of()
-    assert planned(program, calls, inputs)
-    changed = Pipeline([ComposeOps()])(program)
-    (tanh,) = changed.graph.find_nodes(op="call_function", target=torch.ops.aten.tanh.default)
-    tanh.target = torch.ops.aten.sigmoid.default
-    changed.recompile()
-    assert planned(changed, calls, inputs)
-    assert planned(program, calls, inputs)
-    with torch.no_grad():
-        assert not torch.allclose(changed(**inputs), program(**inputs))
 
 
 # ---- calls
