@@ -226,7 +226,10 @@ def test_can_generate() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"cache_implementation": "hybrid"}, r"cache_implementation='hybrid': .*'dynamic', 'quantized' or 'static'"),
+        (
+            {"cache_implementation": "offloaded"},
+            r"cache_implementation='offloaded': .*'dynamic', 'quantized' or 'static'",
+        ),
         ({"output_attentions": True, "return_dict_in_generate": True}, r"can't generate with output_attentions"),
     ],
 )
