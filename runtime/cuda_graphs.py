@@ -1,6 +1,6 @@
 """What a function launches on a GPU, recorded as a CUDA graph, and launched again as a whole.
 
-A decode step is hundreds of small launches, each of which takes the host longer than the GPU. A graph is one launch.
+A decode step is hundreds of small launches, each of which can take the host longer than the GPU. A graph is one launch.
 """
 
 from __future__ import annotations

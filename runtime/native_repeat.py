@@ -185,8 +185,9 @@ def _packed_linears(*arguments: Any, **options: Any) -> list[Tensor]:
     """Several linears on one input, on the CPU: one call of the library if the native kernels take each of them."""
     calls = ops.linears_of(*arguments, **options)
     input: Tensor = calls[0][0]
-    others = backends.registered_backends("packed_linears", "cpu")
-    known = [repeat for call in calls if not others and (repeat := find(call[1], *_operands(call))) is not None]
+    known = []
+    if not backends.registered_backends("packed_linears", "cpu"):  # one that is asked first
+        known = [repeat for call in calls if (repeat := find(call[1], *_operands(call))) is not None]
     if len(known) == len(calls) and (outputs := _joined(known, input)) is not None:
         return outputs
     examined = [_examined(call) for call in calls]

@@ -12,7 +12,7 @@ graph needs: buffers and inputs that stay where they are, for one batch size and
 cache for every call, so rooms are lent: a cache has one as long as it lives, and the next cache of that size gets it
 with the graph that was recorded in it. A graph holds what kernels made of the weights at that time; it is recorded anew
 when a weight has been written to or replaced since. On the CPU the same graph runs operator by operator (no plan: plans
-are for graphs that write nothing), which is slower than with a dynamic cache. No graph has been recorded on a GPU yet.
+are for graphs that write nothing). No graph has been recorded on a GPU yet.
 """
 
 from __future__ import annotations

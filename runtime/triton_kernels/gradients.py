@@ -6,7 +6,8 @@ packed codes; no float twin of the weight is made beside it. Sums are in float32
 
 The two products of a linear's backward are cuBLAS's: for that with the weight, the one of its layer is unpacked in the
 gradient's type, and given back; that with the input is what is read here. A kernel of both in one would save writing
-it once, which counts for less than how fast a product is from a few thousand tokens on, as a step of training has.
+it once; by estimate (nothing was measured) that counts for less than how fast cuBLAS is from a few thousand tokens on,
+as a step of training has.
 """
 
 from __future__ import annotations

@@ -152,9 +152,7 @@ def tiles_for(
 ) -> tables.Tiles:
     """The tiles of ``tables.py``, or, on a card that it was not made for, the fastest of some, by trying ``run``.
 
-    ``rows`` are those of each linear.
-
-    Nothing is tried while a graph is captured.
+    ``rows`` are those of each linear. Nothing is tried while a graph is captured.
     """
     columns, device = input.shape[-1], input.device
     tokens, card = input.numel() // columns, workspace.other_card(device)

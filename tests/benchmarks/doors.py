@@ -181,7 +181,7 @@ def table(gpt2: GPT2 = None, llama: Llama = None) -> None:
     notes = """
 Each cell: the largest difference of the first result, relative to its largest value, between what comes out at the door
 and the Program with simulated arithmetic; then the size of the files over that of the packed tensors. Random models
-are small, so the graph itself shows in their ONNX files, and 1.7 MB of code in the package of AOTInductor ("aoti");
+are small, so the graph itself shows in their ONNX files, and 2 MB of code in the package of AOTInductor ("aoti");
 T5 takes two ONNX files, each with the table of words that both read. ONNX Runtime computes in float32 here. Inputs of
 8 bits may round to another level where sums differ in the last bit.
 """
