@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -53,7 +54,8 @@ class Quantizer:
             return f"of type {weight.dtype}, not a float"
         if weight.numel() == 0:
             return "empty"
-        if not bool(torch.isfinite(weight.detach().float()).all()):
+        # NaN and infinity show in the extremes, which one pass over the weight finds; latent weights come here each step.
+        if not all(math.isfinite(extreme.float()) for extreme in torch.aminmax(weight.detach())):
             return "it holds NaN or infinity, in float32 at least"
         return ""
 
@@ -105,24 +107,28 @@ class Quantizer:
 
     def _restored(self, block: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The same, found on rows brought to magnitudes near 1 by a power of two, which leaves their digits alone."""
-        exponent = torch.frexp(block.abs().amax(1, keepdim=True)).exponent.clamp(-126, 126)
-        unit = torch.ldexp(torch.ones_like(exponent, dtype=block.dtype), exponent)
-        scale, zero_point, threshold = self._scale_of(block / unit)
-        scale = (scale * unit).clamp(max=torch.finfo(scale.dtype).max)
-        if self.format.scheme is Scheme.AFFINE:
-            scale = usable_scale(scale)
-        return scale, zero_point, None if threshold is None else threshold * unit
-
-    def _scale_of(self, block: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         magnitude = block.abs()
+        exponent = torch.frexp(magnitude.amax(1, keepdim=True)).exponent.clamp(-126, 126)
+        unit = torch.ldexp(torch.ones_like(exponent, dtype=block.dtype), exponent)
+        if self.format.scheme is Scheme.AFFINE:
+            scale, zero_point = strategy(self.strategy)(block / unit, self.format)
+            return usable_scale(_scaled_back(scale, unit)), zero_point, None
+        scale, threshold = self._scale_of(magnitude.div_(unit))
+        return _scaled_back(scale, unit), None, None if threshold is None else threshold * unit
+
+    def _scale_of(self, magnitude: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The scale and threshold of each row of a block whose magnitudes these are; they are overwritten."""
+        mean = magnitude.mean(1, keepdim=True)
         if self.format.scheme is Scheme.BINARY:
-            return magnitude.mean(1, keepdim=True), None, None
-        if self.format.scheme is Scheme.TERNARY:
-            threshold = TERNARY_THRESHOLD * magnitude.mean(1, keepdim=True)
-            large = magnitude > threshold
-            # An all-zero row has no large weight: its scale is 0, not 0 / 0.
-            return (magnitude * large).sum(1, keepdim=True) / large.sum(1, keepdim=True).clamp(min=1), None, threshold
-        return *strategy(self.strategy)(block, self.format), None
+            return mean, None
+        threshold = TERNARY_THRESHOLD * mean
+        large = magnitude > threshold
+        # An all-zero row has no large weight: its scale is 0, not 0 / 0.
+        return magnitude.mul_(large).sum(1, keepdim=True) / large.sum(1, keepdim=True).clamp(min=1), threshold
+
+
+def _scaled_back(scale: Tensor, unit: Tensor) -> Tensor:
+    return (scale * unit).clamp(max=torch.finfo(scale.dtype).max)
 
 
 def _blocks(weight: Tensor, format: WeightFormat) -> list[Tensor]:

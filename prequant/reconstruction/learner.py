@@ -58,7 +58,7 @@ class Learner:
         self._trained: dict[str, nn.Parameter] = {
             name: parameter for name, parameter in module.student.named_parameters() if parameter.requires_grad
         }
-        self._optimizer = torch.optim.AdamW(parameter_groups(module.student, settings))
+        self._optimizer = torch.optim.AdamW(parameter_groups(module.student, settings), fused=True)
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
         self._renew = following(module.student).renew if scales_follow else None
         self._checkpoints = checkpoints

@@ -58,7 +58,7 @@ def finetune(
         raise TrainingError(f"eval_steps={settings.eval_steps}: there is nothing to score this training by; leave it 0")
     _load_lazily_loaded()
     set_seed(settings.seed)
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings, head))
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings, head), fused=True)
     best = None
     if settings.eval_steps and evaluate is not None:
         best = Best(model, evaluate, settings.eval_steps)
@@ -135,7 +135,7 @@ def _load_lazily_loaded() -> None:
     training.
     """
     number = torch.ones(1, requires_grad=True)
-    optimizer = torch.optim.AdamW([number])
+    optimizer = torch.optim.AdamW([number], fused=True)
     number.sum().backward()
     nn.utils.clip_grad_norm_([number], 1.0)
     optimizer.step()

@@ -81,8 +81,8 @@ def run(model: nn.Module) -> TrainingResult:
 
 
 def wide() -> PreTrainedModel:
-    """16 MB of embeddings. Gradients, AdamW's two moments and two temporaries of clipping and its step make it 96;
-    the allocator may hold some blocks on top.
+    """16 MB of embeddings. Gradients, AdamW's two moments and a temporary of clipping take as much each; the allocator
+    may hold some blocks on top.
     """
     return make_model(hidden_size=64, max_position_embeddings=60_000)
 
@@ -97,7 +97,7 @@ def test_memory_of_a_training_is_weights_gradients_and_optimizer_in_any_order() 
         del litter[::2], litter
         peaks.append(run(wide()).peak_memory)
     for peak in peaks:
-        assert 4.9 * size < peak < 9 * size, [round(p / size, 2) for p in peaks]
+        assert 3 * size < peak < 8 * size, [round(p / size, 2) for p in peaks]
 
 
 def test_a_packed_program_trains_in_a_fraction_of_that() -> None:

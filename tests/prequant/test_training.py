@@ -105,7 +105,9 @@ def test_training_is_adamw_with_warmup_clipping_and_decay_as_the_settings_say() 
         optimizer.step()
         losses.append(loss.item())
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter, names[name], rtol=1e-5, atol=1e-6)
+        # Softmax knows nothing of what keys have in common: their bias's gradient is noise, which AdamW makes large.
+        if not name.endswith("key.bias"):
+            torch.testing.assert_close(parameter, names[name], rtol=1e-5, atol=1e-6)
     assert result.loss == pytest.approx(sum(losses) / steps, rel=1e-5)
 
 
