@@ -142,7 +142,7 @@ def reconstruct(
             modules, parts = prepared(read, recipe, progress)
             started = time.perf_counter()
             figures = train(modules, recipe, read.calibration, unfinished, progress)
-            seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - started + sum(module.seconds_before for module in figures)
             program = joined(parts, modules)
         report = _write(program, read, job, figures, seconds, Path(out))
         unfinished.remove()
@@ -217,7 +217,7 @@ def _on_ranks(
     learner = learner_of(recipe, calibration, unfinished)(module)
     started, schedule = time.perf_counter(), schedule_of(recipe, calibration)
     figures = reconstruct_as_rank(here, learner, calibration, schedule, recipe.training.seed, job.progress)
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started + max(module.seconds_before for module in figures)
     write_trained(folder, module.to(torch.device("cpu")))
     here.tell(f"written/{here.rank}")
     if here.rank:

@@ -54,7 +54,7 @@ class Quantizer:
             return f"of type {weight.dtype}, not a float"
         if weight.numel() == 0:
             return "empty"
-        # NaN and infinity show in the extremes, which one pass over the weight finds; latent weights come here each step.
+        # NaN and infinity show in the extremes, which take one pass; latent weights come here in each step.
         if not all(math.isfinite(extreme.float()) for extreme in torch.aminmax(weight.detach())):
             return "it holds NaN or infinity, in float32 at least"
         return ""

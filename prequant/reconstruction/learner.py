@@ -24,7 +24,8 @@ WINDOW = 50
 @dataclass(frozen=True)
 class ModuleFigures:
     """What the reconstruction of a module took. Losses are means over the first steps and the last.
-    ``peak_memory``: bytes of the modules that the process trained, and how much it grew by that.
+    ``peak_memory``: bytes of the modules that the process trained, and how much it grew by that. ``seconds_before``:
+    those of ``seconds`` that were spent before the training went on.
     """
 
     number: int
@@ -34,6 +35,7 @@ class ModuleFigures:
     first_loss: float
     last_loss: float
     peak_memory: int
+    seconds_before: float = 0.0
 
 
 class Learner:
@@ -63,7 +65,8 @@ class Learner:
         self._renew = following(module.student).renew if scales_follow else None
         self._checkpoints = checkpoints
         self._window = max(1, min(WINDOW, steps // 10))
-        self._first_sum, self._last, self._seconds = 0.0, 0.0, 0.0
+        self._first_sum, self._last = 0.0, 0.0
+        self._seconds, self._seconds_before = 0.0, 0.0
         self.peak_memory = 0
         self.done = 0
         if checkpoints is not None:
@@ -117,7 +120,14 @@ class Learner:
         """What it took."""
         first = self._first_sum / max(1, min(self.done, self._window))
         return ModuleFigures(
-            self.module.number, self.module.blocks, self.done, self._seconds, first, self._last, self.peak_memory
+            self.module.number,
+            self.module.blocks,
+            self.done,
+            self._seconds,
+            first,
+            self._last,
+            self.peak_memory,
+            self._seconds_before,
         )
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
@@ -136,4 +146,4 @@ class Learner:
         if self._renew is not None:
             self._renew()
         self.done, self._seconds, self.peak_memory = state.step, state.seconds, state.peak_memory
-        self._last, self._first_sum = state.loss, state.first_loss
+        self._last, self._first_sum, self._seconds_before = state.loss, state.first_loss, state.seconds

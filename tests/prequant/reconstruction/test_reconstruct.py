@@ -25,7 +25,7 @@ from prequant.passes import weights
 from prequant.passes.train import quantizes_activation
 from prequant.recipes import MREM
 from prequant.reconstruct import reconstruct
-from prequant.reconstruction import ReconstructionError
+from prequant.reconstruction import Learner, ReconstructionError
 from prequant.runtime import PrequantError
 from prequant.sources import SourceError
 from prequant.training import TrainingError, TrainingSettings
@@ -78,6 +78,30 @@ def test_the_whole_job_on_a_task(model: Path, tmp_path: Path, parallel: bool) ->
     assert said["settings"]["recipe"]["recipe"] == "mrem" and said["settings"]["texts"] == 24
     assert said["settings"]["processes"] == 1 and len(said["modules"]) == 2
     assert not (tmp_path / "out.unfinished").exists()
+
+
+@pytest.mark.parametrize("parallel", [False, True], ids=["in turn", "interleaved"])
+def test_a_job_that_goes_on_counts_the_seconds_before(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parallel: bool
+) -> None:
+    job = partial(
+        reconstruct, model, recipe(parallel=parallel), tmp_path / "out", task=SST2, data="sample", max_length=LENGTH
+    )
+    step = Learner.step
+
+    def killed(self: Learner, *values: Any) -> Any:
+        if self.module.number == 1 and self.done == 6:
+            raise KeyboardInterrupt
+        return step(self, *values)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Learner, "step", killed)
+        job(save_steps=2, progress=False)
+    report = job(save_steps=2, progress=False)
+    assert report is not None and report.compressed.training is not None
+    before, whole = zip(*((module.seconds_before, module.seconds) for module in report.modules), strict=True)
+    assert all(0 < part <= of for part, of in zip(before, whole, strict=True)) and before[1] < whole[1]
+    assert report.compressed.training.seconds > sum(whole)
 
 
 def test_texts_alone_are_enough(model: Path, tmp_path: Path) -> None:
