@@ -2,7 +2,7 @@
 
 An encoder of all-MiniLM-L6-v2's width with more layers, whose weights are random (speed does not depend on them), and
 sentences of SST-2 (PREQUANT_DATA). Layers are timed first, one a module, and cut into modules that take about as long
-as each other. ``taskset`` pins every process to a core of its own::
+as each other; the more layers, the better that can be done. ``taskset`` pins every process to a core of its own::
 
     python tests/benchmarks/mrem_speed.py --work DIR
 """
@@ -63,18 +63,12 @@ def measure(model: Path, out: Path, cuts: list[int], steps: int, cores: list[int
     return dict(json.loads((out / "prequant-report.json").read_text()))
 
 
-@app.command()
-def run(
-    work: Annotated[Path, typer.Option(help="Where models are written.")],
-    layers: Annotated[int, typer.Option(help="Of the encoder.", min=4)] = 12,
-    steps: Annotated[int, typer.Option(help="Of each module.", min=1)] = 200,
-    repeats: Annotated[int, typer.Option(help="Runs of each kind; the median counts.", min=1)] = 3,
-) -> None:
-    """Measure, and write the results file."""
-    model = make_model(work / "model", layers)
+def rows(work: Path, layers: int, steps: int, repeats: int) -> list[dict[str, str]]:
+    """What is measured of an encoder of so many layers."""
+    model = make_model(work / f"model-{layers}", layers)
     each = measure(model, work / "out", list(range(1, layers)), max(10, steps // 10), [0])
     costs = [module["seconds"] for module in each["modules"]]
-    rows = []
+    made = []
     for count in (2, 4):
         cuts = list(best_cuts(range(layers + 1), count, lambda start, stop: sum(costs[start:stop])))
         turns = {"in turn": [0], "at once": list(range(count))}
@@ -84,9 +78,10 @@ def run(
         }
         seconds = {how: statistics.median(r["compressed"]["training"]["seconds"] for r in found[how]) for how in turns}
         alone = [statistics.median(r["modules"][i]["seconds"] for r in found["in turn"]) for i in range(count)]
-        rows.append(
+        made.append(
             {
-                "modules": count,
+                "layers": str(layers),
+                "modules": str(count),
                 "layers of each": " ".join(str(module["blocks"]) for module in found["in turn"][0]["modules"]),
                 "in turn, s": f"{seconds['in turn']:.1f}",
                 "at once, s": f"{seconds['at once']:.1f}",
@@ -96,15 +91,27 @@ def run(
                 "of each at once": " ".join(f"{m['peak_memory'] / 1e6:,.0f}" for m in found["at once"][0]["modules"]),
             }
         )
+    return made
+
+
+@app.command()
+def run(
+    work: Annotated[Path, typer.Option(help="Where models are written.")],
+    layers: Annotated[list[int], typer.Option(help="Of the encoder; repeat for several.", min=4)] = [12, 24],  # noqa: B006
+    steps: Annotated[int, typer.Option(help="Of each module.", min=1)] = 200,
+    repeats: Annotated[int, typer.Option(help="Runs of each kind; the median counts.", min=1)] = 3,
+) -> None:
+    """Measure, and write the results file."""
+    found = [row for count in layers for row in rows(work, count, steps, repeats)]
     notes = f"""
-An encoder of {layers} layers, 384 wide, 4-bit weights and 8-bit activations, {steps} steps of 32 sentences for each
+Encoders that are 384 wide, 4-bit weights and 8-bit activations, {steps} steps of 32 sentences for each
 module, {SAMPLES} sentences, queues of {QUEUE}; one thread and one processor for each process, of which there are
 {os.cpu_count()} here. Median of {repeats}. Seconds are those from the teacher's values to the last module's last step.
 The bound: what all modules take alone, over what the slowest takes. Peak: tensors of the modules of a process, and how
 much it grew by training them.
 """
     command = ["python", "tests/benchmarks/mrem_speed.py", "--work", "DIR"]
-    print(write("mrem_speed", "MREM's modules at once", command, notes, {"Speed-up": rows}).read_text())
+    print(write("mrem_speed", "MREM's modules at once", command, notes, {"Speed-up": found}).read_text())
 
 
 if __name__ == "__main__":
