@@ -107,7 +107,8 @@ def run(
 Encoders that are 384 wide, 4-bit weights and 8-bit activations, {steps} steps of 32 sentences for each
 module, {SAMPLES} sentences, queues of {QUEUE}; one thread and one processor for each process, of which there are
 {os.cpu_count()} here. Median of {repeats}. Seconds are those from the teacher's values to the last module's last step.
-The bound: what all modules take alone, over what the slowest takes. Peak: tensors of the modules of a process, and how
+The bound: what the steps of all modules take alone, over what those of the slowest take; what teachers compute before
+the first step comes on top, in turn more than at once. Peak: tensors of the modules of a process, and how
 much it grew by training them.
 """
     command = ["python", "tests/benchmarks/mrem_speed.py", "--work", "DIR"]
