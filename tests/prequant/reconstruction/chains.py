@@ -1,6 +1,8 @@
 """A tiny model with its quantized copy in modules, and texts. Import with ``from .chains import ...``."""
 
+from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -23,6 +25,7 @@ def recipe(**options: Any) -> MREM:
     return MREM(**{"modules": 2, "attention": True, "training": BUDGET, **options})
 
 
+@cache
 def texts(count: int = 24, batch_size: int = 6) -> CalibrationSet:
     return CalibrationSet.of(encoded(count=count), make_tokenizer(), count, batch_size, seed=0)
 
@@ -35,9 +38,21 @@ def original(layers: int = LAYERS, **options: Any) -> tuple[ModelProgram, tuple[
 
 
 def modules_of(method: MREM, layers: int = LAYERS, **options: Any) -> tuple[tuple[Module, ...], Any]:
-    program, head = original(layers)
+    """Made once, and copied for whoever trains them."""
+    modules, parts = _modules_of(method, layers, tuple(options.items()))
+    return deepcopy(modules), parts
+
+
+@cache
+def _modules_of(method: MREM, layers: int, options: tuple[tuple[str, Any], ...]) -> tuple[tuple[Module, ...], Any]:
+    program, head = _original(layers)
     student = method.prepare(program, head, texts().batches[:2], progress=False)
-    return split(program, student, method.modules, objective=method.objective, **options)
+    return split(program, student, method.modules, objective=method.objective, **dict(options))
+
+
+@cache
+def _original(layers: int) -> tuple[ModelProgram, tuple[str, ...]]:
+    return original(layers)
 
 
 def learner(module: Module, method: MREM, checkpoints: Checkpoints | None = None, steps: int = STEPS) -> Learner:
