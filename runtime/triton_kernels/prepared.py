@@ -15,6 +15,7 @@ from ..memory import version_of
 from ..reference import Outliers
 from .layout import arrange_codes, arrange_scales
 from .rows import unpacked, values_at
+from .workspace import lasting
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ class Scales:
     """What goes with arranged codes: scales and zero points as ``layout.arrange_scales`` has them, and outliers.
 
     ``zeros`` are relative to ``zero_point_of`` the format. ``sums`` are :func:`row_sums`, once they are asked for.
+    ``kept``: for later calls as well.
     """
 
     scales: Tensor
     zeros: Tensor | None
     sparse: Sparse | None
     sums: Tensor | None = None
+    kept: bool = False
 
 
 @dataclass
@@ -71,7 +74,8 @@ def _entry(format: WeightFormat, codes: Tensor, columns: int) -> _Kept:
     state = (format.scheme, format.bits, format.base3, columns, _state(codes))
     kept = _kept.get(codes)
     if kept is None or kept.state != state:
-        kept = _kept[codes] = _Kept(arrange_codes(codes, format, columns), state, codes.detach())
+        arranged = lasting(lambda: arrange_codes(codes, format, columns), codes.device)
+        kept = _kept[codes] = _Kept(arranged, state, codes.detach())
     return kept
 
 
@@ -93,7 +97,9 @@ def arranged_scales(
     known = by_values.get(key)
     if known is None or known[0] != state:
         memory = [None if tensor is None else tensor.detach() for tensor in tensors]
-        known = by_values[key] = (state, _arrange(format, codes, scale, zero_point, outliers, columns), memory)
+        weight = (format, codes, scale, zero_point, outliers, columns)
+        known = by_values[key] = (state, lasting(lambda: _arrange(*weight), codes.device), memory)
+        known[1].kept = True
     return known[1]
 
 
@@ -137,9 +143,13 @@ def row_sums(
     columns: int,
 ) -> Tensor:
     """Sums of the rows of a weight, ``[rows]`` float32: what an input's zero point is multiplied by."""
-    if scales.sums is None:
+
+    def made() -> Tensor:
         weight = unpacked(format, codes, scale.detach(), zero_point, outliers, columns, torch.float32)
-        scales.sums = weight.sum(-1, dtype=torch.float64).float()
+        return weight.sum(-1, dtype=torch.float64).float()
+
+    if scales.sums is None:
+        scales.sums = lasting(made, codes.device) if scales.kept else made()
     return scales.sums
 
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from .availability import TritonError
 from .tables import CARDS, MULTIPROCESSORS
+
+Result = TypeVar("Result")
 
 COUNTERS = 1 << 14
 """Tiles that one launch with split columns may have."""
@@ -44,7 +49,7 @@ def _zeros(tiles: int, device: torch.device) -> Tensor:
         return torch.zeros(tiles, dtype=torch.int32, device=device)
     key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     if key not in _counters:
-        _counters[key] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        _counters[key] = lasting(lambda: torch.zeros(COUNTERS, dtype=torch.int32, device=device), device)
     return _counters[key]
 
 
@@ -58,6 +63,29 @@ def counters_of_graph(device: torch.device) -> Iterator[Tensor]:
         yield _graph.counters
     finally:
         _graph.counters = before
+
+
+def lasting(make: Callable[[], Result], device: torch.device) -> Result:
+    """What ``make`` makes on ``device``, in memory that is nobody's but its own: for what later calls read as well.
+
+    The CUDA graphs of ``torch.compile`` count whatever their thread allocates while they warm up as theirs, and refuse
+    what outlives the call. So it is made in another thread, on the same stream; without gradients. Raises
+    :class:`TritonError` while a graph is captured: it would be made only when that is launched.
+    """
+    if capturing(device):
+        raise TritonError(
+            "a CUDA graph is captured of operators that have not run before: run them once with the same tensors, so "
+            "that their weights are arranged"
+        )
+    cuda = device.type == "cuda"
+    stream = torch.cuda.stream(torch.cuda.current_stream(device)) if cuda else contextlib.nullcontext()
+
+    def made() -> Result:
+        with on(device), stream, torch.no_grad():
+            return make()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(made).result()
 
 
 def capturing(device: torch.device) -> bool:

@@ -1,5 +1,6 @@
 """The order of codes and scales for the Triton kernels, by the formula that layout.py states; and when it is made."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from prequant.runtime.packing import unpack
 from ..native_layers import FORMATS, Layer
 
 pytest.importorskip("triton")
-from prequant.runtime.triton_kernels import layout, prepared
+from prequant.runtime.triton_kernels import availability, layout, prepared, tables, workspace
 
 
 @pytest.mark.parametrize("text", [*FORMATS, "affine4:group6"])
@@ -84,6 +85,33 @@ def test_what_is_arranged_is_kept_and_made_again_when_it_changes(
     assert runs() == []
     first.requires_grad_()  # scales that train change at every step
     assert runs() == ["scales"]
+
+
+def test_what_is_kept_is_made_in_memory_of_its_own(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a thread of its own: CUDA graphs of torch.compile take for theirs what their thread allocates."""
+    monkeypatch.setattr(tables, "splits", lambda *_: 2)
+    monkeypatch.setattr(workspace, "_counters", {})
+    seen: list[tuple[bool, bool]] = []
+
+    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            seen.append((threading.current_thread() is not threading.main_thread(), torch.is_grad_enabled()))
+            return function(*arguments, **options)
+
+        return call
+
+    for module, name in ((prepared, "arrange_codes"), (prepared, "_arrange"), (prepared, "unpacked")):
+        monkeypatch.setattr(module, name, noting(getattr(module, name)))
+    layer, input = Layer("affine4:row", 32, 600, "replace").to(gpu), torch.randn(3, 600, device=gpu)
+    operands = "affine8:tensor:asym", torch.full((1, 1), 0.1, device=gpu), torch.full((1, 1), 3.0, device=gpu)
+    first = layer(input, *operands)
+    assert seen == [(True, False)] * 3 and workspace._counters
+    assert torch.equal(layer(input, *operands), first) and len(seen) == 3
+    monkeypatch.setattr(workspace, "capturing", lambda device: True)
+    assert torch.equal(layer(input, *operands), first)
+    layer.scale.mul_(2)
+    with pytest.raises(availability.TritonError, match="run them once with the same tensors"):
+        layer(input, *operands)
 
 
 def test_what_is_arranged_lives_as_long_as_its_tensors(gpu: torch.device) -> None:
