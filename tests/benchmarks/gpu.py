@@ -5,6 +5,7 @@ on the CPU, on tiny sizes. What it measures then means nothing, and is not writt
 """
 
 import contextlib
+import functools
 import os
 import statistics
 import subprocess
@@ -26,6 +27,9 @@ DEVICE = torch.device("cpu" if SMOKE else "cuda")
 PACKAGES = ("triton", "gemlite", "bitsandbytes")
 """What the figures depend on beside torch."""
 
+CALLS = 32
+"""Of a launch that is timed, at least: the gaps before and behind it are shared by so many."""
+
 
 def require_gpu() -> None:
     """Exit with a message where there is no GPU, unless this is only a smoke test."""
@@ -38,6 +42,7 @@ def kernels() -> contextlib.AbstractContextManager[None]:
     return backends.interpreted() if SMOKE else contextlib.nullcontext()
 
 
+@functools.cache
 def device_text() -> str:
     """The GPU, its driver, and the CUDA that torch is built for."""
     if SMOKE:
@@ -70,24 +75,27 @@ def seconds(calls: Sequence[Call], repeats: int) -> float:
     """Seconds a call, the median over ``repeats`` passes through all ``calls``.
 
     On a GPU the passes are launches of one CUDA graph, or, where a call can't be recorded, calls between two events:
-    then what the host takes to launch is in the figure if that is longer.
+    then what the host takes to launch is in the figure if that is longer. The GPU is busy with a launch that does not
+    count while the host makes the next one ready, which would be waited for between the events otherwise.
     """
     if DEVICE.type != "cuda":
         calls[0]()
         started = time.perf_counter()
         calls[0]()
         return time.perf_counter() - started
-    launch = _recorded(calls)
+    made = [*calls] * -(-CALLS // len(calls))
+    launch = _recorded(made)
     for _ in range(3):
         launch()
     found = []
     for _ in range(repeats):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        launch()
         begin.record()
         launch()
         end.record()
         end.synchronize()
-        found.append(begin.elapsed_time(end) / 1000 / len(calls))
+        found.append(begin.elapsed_time(end) / 1000 / len(made))
     return statistics.median(found)
 
 
@@ -95,8 +103,9 @@ def _recorded(calls: Sequence[Call]) -> Call:
     """All ``calls`` as one launch."""
     from prequant.runtime.cuda_graphs import Recording
 
-    def every() -> list[object]:
-        return [call() for call in calls]
+    def every() -> None:
+        for call in calls:
+            call()
 
     try:
         return Recording(every, DEVICE)

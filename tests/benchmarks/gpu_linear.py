@@ -3,7 +3,8 @@
 python tests/benchmarks/gpu_linear.py
 
 Fewest tokens come first, and what is measured is written after each cell: with --minutes it ends in time, and names
-what it left out. --smoke runs the code without a GPU, and writes nothing.
+what it left out. All weights stay in memory, some 20 GB for the usual shapes. --smoke runs the code without a GPU, and
+writes nothing.
 """
 
 import sys
@@ -53,9 +54,12 @@ class Prepared:
 
     products: Sequence[Product]
     bytes: int
-    meant: Tensor
+    meant: Tensor  # its first rows, those that are compared
     tolerance: float = TOLERANCE
     finish: Callable[[Tensor, Tensor], Tensor] = lambda _, output: output  # of an input and its product
+
+    def __post_init__(self) -> None:
+        self.meant = self.meant[:CHECKED_ROWS].clone()
 
 
 @dataclass
@@ -67,6 +71,18 @@ class Found:
     records: list[dict[str, Any]] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
+
+
+class Converted:
+    """An input as a product takes it, converted once, outside of what is timed."""
+
+    def __init__(self, convert: Callable[[Tensor], Any]) -> None:
+        self._convert, self._input, self._result = convert, None, None
+
+    def __call__(self, x: Tensor) -> Any:
+        if self._input is not x:
+            self._input, self._result = x, self._convert(x)
+        return self._result
 
 
 # ---- prequant --------------------------------------------------------------------------------------------------------
@@ -144,21 +160,18 @@ def torch_int8(weight: Tensor) -> Prepared:
     codes, scale, meant = _codes(weight, 8, weight.shape[1])
     integers = codes.to(torch.int8)
     copies = [integers.clone() for _ in range(gpu.rotations(integers.nbytes))]
-    remembered: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def product(w: Tensor) -> Product:
-        def multiply(x: Tensor) -> Tensor:
-            if x.data_ptr() not in remembered:
-                unit = x.float().abs().amax(-1, keepdim=True) / 127
-                remembered[x.data_ptr()] = (x.float() / unit).round().to(torch.int8), unit
-            return torch._int_mm(remembered[x.data_ptr()][0], w.T)
+    def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+        unit = x.float().abs().amax(-1, keepdim=True) / 127
+        return (x.float() / unit).round().to(torch.int8), unit
 
-        return multiply
+    quantized = Converted(quantize)
 
     def finish(x: Tensor, output: Tensor) -> Tensor:  # what is timed is without the scales
-        return output.float() * remembered[x.data_ptr()][1] * scale[:, 0]
+        return output.float() * quantized(x)[1] * scale[:, 0]
 
-    return Prepared([product(w) for w in copies], integers.nbytes, meant, 0.03, finish)
+    products = [lambda x, w=w: torch._int_mm(quantized(x)[0], w.T) for w in copies]
+    return Prepared(products, integers.nbytes, meant, 0.03, finish)
 
 
 def gemlite(weight: Tensor) -> Prepared:
@@ -169,15 +182,12 @@ def gemlite(weight: Tensor) -> Prepared:
     rows, columns = weight.shape
     bytes_ = rows * columns // 2 + 2 * scale.numel()
     products: list[Product] = []
+    halves = Converted(Tensor.half)
     for _copy in range(gpu.rotations(bytes_)):
         layer = GemLiteLinearTriton(4, GROUP, columns, rows, DType.FP16, DType.FP16)
         layer.pack((codes + 8).to(torch.uint8), scale.half(), torch.full_like(scale, 8).half(), None)
-        products.append(_of_halves(layer))
+        products.append(lambda x, layer=layer: layer(halves(x)))
     return Prepared(products, bytes_, meant)
-
-
-def _of_halves(layer: Any) -> Product:
-    return lambda x: layer(x.half())
 
 
 def bitsandbytes(weight: Tensor) -> Prepared:
@@ -206,19 +216,19 @@ PEERS: dict[str, Prepare] = {
 
 
 def measure(
-    name: str, prepared: Prepared, weight: Tensor, tokens: int, repeats: int, rate: float, found: Found
+    name: str, prepared: Prepared, shape: tuple[int, ...], tokens: int, repeats: int, rate: float, found: Found
 ) -> None:
-    """Check a contender on ``tokens`` tokens, then time it."""
-    x = torch.randn(tokens, weight.shape[1], device=weight.device).bfloat16()
+    """Check a contender for a weight of some shape on ``tokens`` tokens, then time it."""
+    x = torch.randn(tokens, shape[1], device=gpu.DEVICE).bfloat16()
     output = prepared.products[0](x)
-    expected = x.float() @ prepared.meant[:CHECKED_ROWS].T
+    expected = x.float() @ prepared.meant.T
     error = float((prepared.finish(x, output).float()[:, :CHECKED_ROWS] - expected).norm() / expected.norm())
     if not error <= prepared.tolerance:
         raise ValueError(f"its output is {error:.3g} from that of its own weight")
     time_ = gpu.seconds([lambda p=p: p(x) for p in prepared.products], repeats)
     found.records.append(
         {
-            "shape": "x".join(map(str, weight.shape)),
+            "shape": "x".join(map(str, shape)),
             "tokens": tokens,
             "name": name,
             "microseconds": 1e6 * time_,
@@ -276,6 +286,7 @@ def main(
     chosen = {CUBLAS: cublas} | {name: packed(name) for name in OURS} | PEERS
     chosen = {n: prepare for n, prepare in chosen.items() if n == CUBLAS or any(part in n for part in contender)}
     found, started = Found(), time.monotonic()
+    prepared: dict[tuple[str, tuple[int, ...]], Prepared] = {}
     with gpu.kernels(), torch.inference_mode():
         rate = gpu.copy_rate(copied_mib << 20, repeats)
         torch.manual_seed(0)
@@ -287,9 +298,11 @@ def main(
                 continue
             if name in found.absent:
                 continue
-            weight = torch.randn(size, device=gpu.DEVICE) / size[1] ** 0.5
             try:
-                measure(name, chosen[name](weight), weight, count, repeats, rate, found)
+                if (name, size) not in prepared:
+                    weight = torch.randn(size, device=gpu.DEVICE) / size[1] ** 0.5
+                    prepared[name, size] = chosen[name](weight)
+                measure(name, prepared[name, size], size, count, repeats, rate, found)
             except Exception as error:  # whatever a library raises is why its row is missing; it is written down
                 if name in OURS or name == CUBLAS:
                     raise
