@@ -16,6 +16,23 @@ def lifted(program: Program) -> Callable[..., tuple[Any, ...]]:
     The code of a graph reads every tensor anew, module by module; where a graph runs once per token, that takes as long
     as a good part of its operators. What is written into the tensors shows; what replaces them later does not.
     """
+    module, tensors = without_tensors(program)
+    forward, runner = module.forward, program.runner
+
+    def call(*inputs: Tensor) -> tuple[Any, ...]:
+        plan = runner.plan(program, inputs) if runner is not None else None
+        if plan is not None:
+            return plan(*inputs)
+        results: tuple[Any, ...] = forward(*inputs, *tensors)
+        return results
+
+    return call
+
+
+def without_tensors(program: Program) -> tuple[fx.GraphModule, list[Tensor]]:
+    """The graph as a module that holds no tensor: it takes those that it reads, which come with it, behind the flat
+    inputs.
+    """
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     result = graph.graph_copy(program.graph, values)
@@ -29,13 +46,4 @@ def lifted(program: Program) -> Callable[..., tuple[Any, ...]]:
         last = [placeholder]
         node.replace_all_uses_with(placeholder)
         graph.erase_node(node)
-    forward, runner = fx.GraphModule({}, graph, "Lifted").forward, program.runner
-
-    def call(*inputs: Tensor) -> tuple[Any, ...]:
-        plan = runner.plan(program, inputs) if runner is not None else None
-        if plan is not None:
-            return plan(*inputs)
-        results: tuple[Any, ...] = forward(*inputs, *tensors)
-        return results
-
-    return call
+    return fx.GraphModule({}, graph, "Lifted"), tensors

@@ -116,16 +116,33 @@ class GenerativeProgram(GenerationMixin, ABC):
         elif generation_config.use_cache and kind == STATIC:
             batch = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
-            model_kwargs[CACHE] = self.static_cache(batch, length, model_kwargs.get("encoder_outputs"))
+            compiling = generation_config.compile_config
+            backend = None if compiling is None else compiling.backend
+            model_kwargs[CACHE] = self.static_cache(batch, length, model_kwargs.get("encoder_outputs"), backend)
         elif generation_config.use_cache:
             model_kwargs[CACHE] = self._new_cache(kind == QUANTIZED)
 
-    def static_cache(self, batch: int, length: int, encoder_outputs: BaseModelOutput | None = None) -> Cache:
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        """Of a Program, what a static cache was made for is compiled, and not its call."""
+        cache = model_kwargs.get(CACHE)
+        cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        if isinstance(cache, StaticCache):
+            return False
+        return bool(super()._valid_auto_compile_criteria(model_kwargs, generation_config))
+
+    def static_cache(
+        self,
+        batch: int,
+        length: int,
+        encoder_outputs: BaseModelOutput | None = None,
+        backend: str | None = None,
+    ) -> Cache:
         """An empty cache of a fixed length, in positions, for so many texts (or beams).
 
-        ``encoder_outputs`` are those of a seq2seq model. Raises what :attr:`static` does.
+        ``encoder_outputs`` are those of a seq2seq model. Steps go through ``torch.compile`` with ``backend``, if there
+        is one; ``generate`` has it from ``compile_config``. Raises what :attr:`static` does.
         """
-        return self.static.cache(batch, length)
+        return self.static.cache(batch, length, backend=backend)
 
     def _new_cache(self, quantized: bool = False) -> Cache:
         return QuantizedCache() if quantized else DynamicCache()
@@ -235,12 +252,18 @@ class GenerativeSeq2Seq(GenerativeProgram):
         new = super()._new_cache
         return EncoderDecoderCache(new(quantized), new(quantized))
 
-    def static_cache(self, batch: int, length: int, encoder_outputs: BaseModelOutput | None = None) -> Cache:
+    def static_cache(
+        self,
+        batch: int,
+        length: int,
+        encoder_outputs: BaseModelOutput | None = None,
+        backend: str | None = None,
+    ) -> Cache:
         """See :meth:`GenerativeProgram.static_cache`. What the encoder gives is kept as it comes, and copied once."""
         if encoder_outputs is None:
             raise GenerationError("a static cache of a seq2seq model is made for what its encoder returned")
         source = int(cast(Tensor, encoder_outputs[0]).shape[1])
-        return EncoderDecoderCache(self.static.cache(batch, length, source), DynamicCache())
+        return EncoderDecoderCache(self.static.cache(batch, length, source, backend), DynamicCache())
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # names each input: generate refuses others
         self,

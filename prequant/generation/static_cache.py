@@ -12,7 +12,9 @@ graph needs: buffers and inputs that stay where they are, for one batch size and
 cache for every call, so rooms are lent: a cache has one as long as it lives, and the next cache of that size gets it
 with the graph that was recorded in it. A graph holds what kernels made of the weights at that time; it is recorded anew
 when a weight has been written to or replaced since. On the CPU the same graph runs operator by operator (no plan: plans
-are for graphs that write nothing). No graph has been recorded on a GPU yet.
+are for graphs that write nothing). Recorded or not, ``torch.compile`` may make few kernels of what lies between packed
+operators, if it is asked to: a layer of Llama takes some forty of them, most of which run for less time than it takes
+to start them. No graph has been recorded on a GPU yet.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from prequant.passes.lifted import lifted
+from prequant.passes.lifted import lifted, without_tensors
 from prequant.passes.static_cache import LENGTH, POSITION, static_cache
 from prequant.runtime.cuda_graphs import Recording
 from prequant.runtime.memory import version_of
@@ -152,12 +154,15 @@ class StaticCache(Cache):
 class Room:
     """What a decode graph reads and writes, in places that stay: a tensor for each input, for one batch and length.
 
-    ``source`` are the encoder's positions, of a seq2seq model; ``records``: whether steps become a CUDA graph, where
-    there is CUDA.
+    ``source`` are the encoder's positions, of a seq2seq model; ``backend`` is torch.compile's, if steps are compiled;
+    ``records``: whether they become a CUDA graph, where there is CUDA.
     """
 
-    def __init__(self, decoder: StaticDecoder, batch: int, length: int, source: int, records: bool) -> None:
-        self.batch, self.length, self.source = batch, length, source
+    def __init__(
+        self, decoder: StaticDecoder, batch: int, length: int, source: int, backend: str | None, records: bool
+    ) -> None:
+        self.batch, self.length, self.source, self.backend = batch, length, source, backend
+        self._compiled = None if backend is None else decoder.compiled(backend)
         self._decoder, self._records = decoder, records and records_on(decoder.device)
         self._holder: Callable[[], object] = lambda: None
         self._recording: Recording[Tensor] | None = None
@@ -212,7 +217,8 @@ class Room:
         return self._recording().clone()  # the next step writes into it
 
     def _logits(self) -> Tensor:
-        logits: Tensor = self._decoder.function(*self.inputs.values())[0]
+        function = self._decoder.function if self._compiled is None else self._compiled
+        logits: Tensor = function(*self.inputs.values())[0]
         return logits
 
 
@@ -227,20 +233,31 @@ class StaticDecoder:
         self._tensors = [self.program.tensor(name) for name in names]
         self._rooms: list[Room] = []
 
-    def cache(self, batch: int, length: int, source: int = 0, records: bool = True) -> StaticCache:
+    def compiled(self, backend: str) -> Callable[..., tuple[Any, ...]]:
+        """:attr:`function` by a backend of ``torch.compile``, for inputs of one size. Each is a module of its own, as
+        torch compiles the same one for a few sizes only.
+        """
+        module, tensors = without_tensors(self.program)
+        made = torch.compile(module, fullgraph=True, dynamic=False, backend=backend)
+        return lambda *inputs: made(*inputs, *tensors)
+
+    def cache(
+        self, batch: int, length: int, source: int = 0, backend: str | None = None, records: bool = True
+    ) -> StaticCache:
         """An empty cache with place for ``length`` positions of ``batch`` texts; of seq2seq models, ``source`` are the
-        encoder's positions. One that ``records`` nothing has a room of its own, which is gone with it.
+        encoder's positions. ``backend``: of torch.compile, for the steps. A cache that ``records`` nothing has a room
+        of its own, which is gone with it.
         """
         length = -(-length // STEP) * STEP
+        kind = batch, length, source, backend
         if not records:
-            return Room(self, batch, length, source, records).lend()
-        size = batch, length, source
-        room = next((r for r in self._rooms if r.is_idle and (r.batch, r.length, r.source) == size), None)
+            return Room(self, *kind, records).lend()
+        room = next((r for r in self._rooms if r.is_idle and (r.batch, r.length, r.source, r.backend) == kind), None)
         if room is None:
             idle = [room for room in self._rooms if room.is_idle]
             for old in idle[: max(len(idle) - IDLE_ROOMS + 1, 0)]:
                 self._rooms.remove(old)
-            room = Room(self, batch, length, source, records)
+            room = Room(self, *kind, records)
             self._rooms.append(room)
         return room.lend()
 
