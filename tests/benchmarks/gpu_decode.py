@@ -21,7 +21,14 @@ import torch
 import typer
 from results_file import RESULTS, markdown, write  # type: ignore[import-not-found]
 from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PretrainedConfig
+from transformers import (
+    CompileConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+)
 
 import prequant as pq
 from prequant.generation import with_cache
@@ -45,7 +52,10 @@ GROUP = 64
 """Columns of a group: GPT-2-XL's 1,600 are no multiple of 128."""
 
 COMPILED = "transformers, bf16, torch.compile"
-ROWS = {f"prequant, {bits} bits in groups of {GROUP}": bits for bits in (4, 8, 3, 2)}
+ROWS = {f"prequant, {bits} bits in groups of {GROUP}, torch.compile": (bits, "inductor") for bits in (4, 8, 3, 2)}
+ROWS[f"prequant, 4 bits in groups of {GROUP}"] = (4, None)
+"""Bits, and the backend of torch.compile for what lies between the packed operators."""
+
 SPREAD = 0.02
 """Standard deviation of the random weights."""
 
@@ -119,7 +129,9 @@ def compiled_model(name: str) -> Any:
         return kind._from_config(config, dtype=torch.bfloat16).eval()
 
 
-def generating(model: Any, batch: int, prompt: int, new: int, repeats: int) -> dict[str, float]:
+def generating(
+    model: Any, batch: int, prompt: int, new: int, repeats: int, backend: str | None = None
+) -> dict[str, float]:
     """Seconds of a step, tokens a second and seconds of the prompt with ``generate``, which chooses tokens, too."""
     vocabulary = model.config.vocab_size
     ids = torch.randint(1, vocabulary, (batch, prompt), device=gpu.DEVICE)
@@ -127,6 +139,8 @@ def generating(model: Any, batch: int, prompt: int, new: int, repeats: int) -> d
     def run(count: int) -> Callable[[], object]:
         lengths = {"max_new_tokens": count, "min_new_tokens": count, "max_cache_len": prompt + new}
         options = {"do_sample": False, "pad_token_id": 0, "cache_implementation": "static", **lengths}
+        if backend is not None:
+            options["compile_config"] = CompileConfig(backend=backend)
         return lambda: model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
 
     first, whole = _seconds(run(1), repeats), _seconds(run(new), repeats)
@@ -134,14 +148,14 @@ def generating(model: Any, batch: int, prompt: int, new: int, repeats: int) -> d
     return {"step": step, "tokens_per_second": batch / step, "prompt": first}
 
 
-def steps_alone(program: Any, batch: int, prompt: int, new: int, repeats: int) -> float:
+def steps_alone(program: Any, batch: int, prompt: int, new: int, repeats: int, backend: str | None) -> float:
     """Seconds of a step without ``generate`` around it: each token is the largest logit of the step before."""
     generative: Any = with_cache(program)
     ids = torch.randint(1, program.config.vocab_size, (batch, prompt), device=gpu.DEVICE)
     found = []
     with torch.inference_mode():
         for _ in range(repeats + 1):
-            cache = generative.static_cache(batch, prompt + new)
+            cache = generative.static_cache(batch, prompt + new, backend=backend)
             token = generative(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
             token = generative(token, past_key_values=cache).logits.argmax(-1)  # records the graph
             gpu.synchronize()
@@ -169,7 +183,8 @@ def _seconds(call: Callable[[], object], repeats: int) -> float:
 
 def row_of(shape: str, name: str, batch: int, prompt: int, new: int, repeats: int) -> dict[str, Any]:
     """The figures of one contender on one model."""
-    model = compiled_model(shape) if name == COMPILED else random_program(shape, ROWS[name])
+    bits, backend = ROWS.get(name, (16, None))
+    model = compiled_model(shape) if name == COMPILED else random_program(shape, bits)
     tensors = dict.fromkeys([*model.parameters(), *model.buffers()])
     row: dict[str, Any] = {
         "model": shape,
@@ -177,9 +192,9 @@ def row_of(shape: str, name: str, batch: int, prompt: int, new: int, repeats: in
         "batch": batch,
         "bytes": sum(tensor.nbytes for tensor in tensors),
     }
-    row |= generating(model, batch, prompt, new, repeats)
+    row |= generating(model, batch, prompt, new, repeats, backend)
     if name != COMPILED:
-        row["step_alone"] = steps_alone(model, batch, prompt, new, repeats)
+        row["step_alone"] = steps_alone(model, batch, prompt, new, repeats, backend)
     if gpu.DEVICE.type == "cuda":
         row["peak_bytes"] = torch.cuda.max_memory_allocated(gpu.DEVICE)
         torch.cuda.reset_peak_memory_stats(gpu.DEVICE)
@@ -229,6 +244,8 @@ def main(
     records: list[dict[str, Any]] = []
     left: list[str] = []
     names = [name for name in (COMPILED, *ROWS) if any(part in name for part in contender)]
+    if smoke:
+        names = [name for name in names if name == COMPILED or ROWS[name][1] is None]  # compilers take a minute
     with gpu.kernels():
         rate = gpu.copy_rate(1 << (20 if smoke else 30), 10)
         torch.manual_seed(0)
@@ -256,9 +273,10 @@ def _write(records: list[dict[str, Any]], left: list[str], rate: float, prompt: 
     notes = f"""
 Random weights in bfloat16 on {gpu.device_text()}: a prompt of {prompt} tokens, then {new}, greedily, with a static
 cache. Steps of `generate` are what {new} tokens take longer than one, over their number, in the best of the repeats;
-transformers compiles its model for them (`torch.compile`, CUDA graphs), prequant records its own. A step alone is
-without `generate` around it. The share is that of the {rate / 1e9:,.0f} GB/s that a copy on the device reads and writes
-in the same run. Embeddings and heads are quantized like the other weights.{missing}
+transformers compiles its model for them (`torch.compile`, CUDA graphs); prequant records its own, of what
+`torch.compile` made of the operators between the packed ones where a row says so. A step alone is without `generate`
+around it. The share is that of the {rate / 1e9:,.0f} GB/s that a copy on the device reads and writes in the same run.
+Embeddings and heads are quantized like the other weights.{missing}
 """
     write(
         "gpu_decode",

@@ -77,7 +77,9 @@ class Converted:
     """An input as a product takes it, converted once, outside of what is timed."""
 
     def __init__(self, convert: Callable[[Tensor], Any]) -> None:
-        self._convert, self._input, self._result = convert, None, None
+        self._convert = convert
+        self._input: Tensor | None = None
+        self._result: Any = None
 
     def __call__(self, x: Tensor) -> Any:
         if self._input is not x:
