@@ -128,7 +128,7 @@ class GenerativeProgram(GenerationMixin, ABC):
         cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         if isinstance(cache, StaticCache):
             return False
-        return bool(super()._valid_auto_compile_criteria(model_kwargs, generation_config))
+        return bool(super()._valid_auto_compile_criteria(model_kwargs, generation_config))  # type: ignore[misc]
 
     def static_cache(
         self,

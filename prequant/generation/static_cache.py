@@ -22,6 +22,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -31,7 +32,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 from prequant.passes.lifted import lifted, without_tensors
 from prequant.passes.static_cache import LENGTH, POSITION, static_cache
 from prequant.runtime.cuda_graphs import Recording
-from prequant.runtime.memory import version_of
 
 from .cached_trace import BATCH, PAST, SOURCE, TOTAL
 from .errors import GenerationError
@@ -42,6 +42,8 @@ STEP = 64
 
 IDLE_ROOMS = 2
 """Rooms that are kept for caches to come, of all sizes together."""
+
+_VERSION = attrgetter("_version")
 
 OWN, CROSS = "past_", "cross_"
 """How the names of inputs begin that are keys and values of the decoder's positions, and of the encoder's."""
@@ -231,6 +233,7 @@ class StaticDecoder:
         self.function = lifted(self.program)
         names = dict.fromkeys(str(node.target) for node in self.program.graph.find_nodes(op="get_attr"))
         self._tensors = [self.program.tensor(name) for name in names]
+        self._versioned = [tensor for tensor in self._tensors if not tensor.is_inference()]  # others count no writes
         self._rooms: list[Room] = []
 
     def compiled(self, backend: str) -> Callable[..., tuple[Any, ...]]:
@@ -262,5 +265,7 @@ class StaticDecoder:
         return room.lend()
 
     def state(self) -> tuple[Any, ...]:
-        """What changes when a weight is written to, or lies somewhere else."""
-        return tuple(map(version_of, self._tensors)), tuple(map(Tensor.data_ptr, self._tensors))
+        """What changes when a weight is written to, or lies somewhere else. Asked before every step, of some hundred
+        tensors, while a GPU has nothing to do.
+        """
+        return tuple(map(_VERSION, self._versioned)), tuple(map(Tensor.data_ptr, self._tensors))
