@@ -36,11 +36,11 @@ UNPACKED_FROM = 1024
 """From so many tokens on, a weight is unpacked once and multiplied by cuBLAS: unpacking then costs less than what its
 products gain on those of tiles that unpack as they go."""
 
-UNPACKED_FROM_FLOAT32 = 32
-"""The same for float32 inputs, which tensor cores do not multiply."""
-
 FEW = 16
 """Tokens of the smallest tiles: the widest matrix instructions (of 64 rows of weights) take no fewer columns."""
+
+UNPACKED_FROM_FLOAT32 = FEW + 1
+"""The same for float32 inputs, which tensor cores do not multiply: larger tiles of several products spill kilobytes."""
 
 # For tokens up to the first number: rows and tokens of a tile, warps, stages.
 _Table = tuple[tuple[int, tuple[int, int, int, int]], ...]

@@ -86,18 +86,20 @@ def _read(path: Path) -> dict[str, Tiles]:
 
 
 def _makes_sense(values: Any) -> bool:
-    """Whether a kernel can be compiled and run with what a file says: anybody may have written it."""
+    """Whether it is what :func:`candidates` may be: anybody may have written it, and tiles of other sizes take minutes
+    to compile, or more memory than there is.
+    """
     if not isinstance(values, list) or len(values) != len(Tiles._fields):
         return False
     if not all(type(value) is int for value in values):
         return False
     tiles = Tiles(*values)
     return (
-        tiles.rows in (16, 32, 64, 128, 256)
-        and tiles.tokens in (16, 32, 64, 128, 256)
+        tiles.rows in (64, 128)
+        and tiles.tokens in (16, 32, 64, 128)
         and 1 <= tiles.split <= MAX_SPLIT
-        and tiles.warps in (1, 2, 4, 8, 16)
-        and 1 <= tiles.stages <= 8
+        and tiles.warps in (4, 8)
+        and 2 <= tiles.stages <= 4
     )
 
 

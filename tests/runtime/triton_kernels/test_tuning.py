@@ -72,6 +72,8 @@ def test_processes_do_not_take_from_each_other(cache: Path) -> None:
         '{"version": 1, "tiles": {"a": [60, 16, 1, 4, 4]}}',
         '{"version": 1, "tiles": {"a": [64, 16, 0, 4, 4]}}',
         '{"version": 1, "tiles": {"a": [64, 16, 1, 4, 99]}}',
+        '{"version": 1, "tiles": {"a": [128, 256, 1, 8, 4]}}',
+        '{"version": 1, "tiles": {"a": [128, 128, 1, 1, 4]}}',
     ],
 )
 def test_a_file_that_makes_no_sense_is_written_anew(cache: Path, content: str) -> None:
