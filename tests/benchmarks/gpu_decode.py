@@ -52,7 +52,9 @@ GROUP = 64
 """Columns of a group: GPT-2-XL's 1,600 are no multiple of 128."""
 
 COMPILED = "transformers, bf16, torch.compile"
-ROWS = {f"prequant, {bits} bits in groups of {GROUP}, torch.compile": (bits, "inductor") for bits in (4, 8, 3, 2)}
+ROWS: dict[str, tuple[int, str | None]] = {
+    f"prequant, {bits} bits in groups of {GROUP}, torch.compile": (bits, "inductor") for bits in (4, 8, 3, 2)
+}
 ROWS[f"prequant, 4 bits in groups of {GROUP}"] = (4, None)
 """Bits, and the backend of torch.compile for what lies between the packed operators."""
 

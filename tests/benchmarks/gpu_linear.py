@@ -172,8 +172,10 @@ def torch_int8(weight: Tensor) -> Prepared:
     def finish(x: Tensor, output: Tensor) -> Tensor:  # what is timed is without the scales
         return output.float() * quantized(x)[1] * scale[:, 0]
 
-    products = [lambda x, w=w: torch._int_mm(quantized(x)[0], w.T) for w in copies]
-    return Prepared(products, integers.nbytes, meant, 0.03, finish)
+    def product(w: Tensor) -> Product:
+        return lambda x: torch._int_mm(quantized(x)[0], w.T)
+
+    return Prepared([product(w) for w in copies], integers.nbytes, meant, 0.03, finish)
 
 
 def gemlite(weight: Tensor) -> Prepared:
@@ -188,8 +190,12 @@ def gemlite(weight: Tensor) -> Prepared:
     for _copy in range(gpu.rotations(bytes_)):
         layer = GemLiteLinearTriton(4, GROUP, columns, rows, DType.FP16, DType.FP16)
         layer.pack((codes + 8).to(torch.uint8), scale.half(), torch.full_like(scale, 8).half(), None)
-        products.append(lambda x, layer=layer: layer(halves(x)))
+        products.append(_after(halves, layer))
     return Prepared(products, bytes_, meant)
+
+
+def _after(convert: Converted, layer: Any) -> Product:
+    return lambda x: layer(convert(x))
 
 
 def bitsandbytes(weight: Tensor) -> Prepared:
