@@ -159,8 +159,14 @@ def test_those_of_a_gpu_run_in_the_interpreter_and_refuse_without_one(tmp_path: 
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^\| (transformers|prequant)[^|]* \| (-?[\d,]+) \|", done.stdout, re.MULTILINE)
     assert [name for name, _ in rows] == ["transformers", "prequant"]
-    for script in ("gpu_linear.py", "gpu_decode.py"):
-        done = run(script, "--out", tmp_path)
+    done = run("gpu_tiles.py", "--smoke")
+    assert done.returncode == 0 and done.stdout.count(" % of the copy rate  Tiles(rows=") == 2, done.stderr
+    for script, *words in (
+        ("gpu_linear.py", "--out", tmp_path),
+        ("gpu_decode.py", "--out", tmp_path),
+        ("gpu_tiles.py",),
+    ):
+        done = run(script, *words)
         assert done.returncode == 1 and "torch finds no CUDA device here" in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
