@@ -3,8 +3,9 @@
 Usage: python tests/benchmarks/gpu_code.py [--formats affine4:group128,bcq3:row] [--tokens 1,64,512]
 
 For each format, type of inputs and number of tokens, with the tiles that ``tables.py`` chooses for a (14336, 4096)
-weight on an H100: registers, bytes spilled, shared memory, loads from global memory in the main loop, the matrix
-instruction, and instructions of that loop for each weight of a thread. It runs nothing: what it counts is no time.
+weight on an H100: registers, bytes spilled, shared memory, groups of matrix instructions that may still run while the
+next weights are unpacked, loads from global memory in the main loop, the matrix instruction, and instructions of that
+loop for each weight of a thread. It runs nothing: what it counts is no time.
 """
 
 from __future__ import annotations
@@ -231,6 +232,7 @@ def row_of(text: str, inputs: str, tokens: int, everything: bool, linears: int) 
         "registers": resources["REG"],
         "spilled": resources["STACK"],
         "shared": kernel.metadata.shared,
+        "pending": max(map(int, re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", kernel.asm["ptx"])), default=0),
         "loads": " ".join(sorted(set(loads))),
         "product": next((name for name in MATRIX if kinds[name]), "none"),
         "per_weight": len(loop) / (tiles.rows * 128 / (32 * tiles.warps)),
@@ -250,10 +252,11 @@ def main() -> None:
     options = parser.parse_args()
     if not options.json:
         names = (
-            "format | linears | inputs | tokens | tile | registers | spilled | shared | loads | product | per weight"
+            "format | linears | inputs | tokens | tile | registers | spilled | shared | pending | loads | product | "
+            "per weight"
         )
         print(f"| {names} |")
-        print("|---|---|---|---|---|---|---|---|---|---|---|")
+        print(f"|{'---|' * (names.count('|') + 1)}")
     asked = [(text, False, 1) for text in options.formats.split(",")]
     asked += [(text, True, 1) for text in filter(None, options.everything.split(","))]
     asked += [(text, False, 3) for text in filter(None, options.together.split(","))]

@@ -6,6 +6,9 @@ weight is the left operand, unpacked in registers, so that even one token wastes
 rows of the left operand but only 8 columns of the right one. Several linears on one input share a launch: their tiles
 stand in one row, and a program picks the operands of its own. Codes enter products as whole numbers, which half
 precision and 8-bit integers hold exactly; scales multiply float32 sums of a group, so no weight is ever rounded.
+
+Sums of a chunk are waited for before the next one's weights are unpacked. Triton 3.7 would let matrix instructions that
+add to the same sums run on, and unpack into the registers that they still read (triton-lang/triton issue 9433).
 """
 
 from __future__ import annotations
@@ -120,7 +123,8 @@ def packed_linear(
     DTYPE: tl.constexpr = input.dtype.element_ty
     SUMS: tl.constexpr = tl.int32 if QUANTIZED else tl.float32
     COLUMNS: tl.constexpr = 128 if GROUP == 0 or GROUP > 128 else GROUP
-    ONCE: tl.constexpr = GROUP == 0 and TERMS == 1  # scales are multiplied at the end
+    ALIKE: tl.constexpr = GROUP == 0 and TERMS == 1  # all chunks of a row have one scale
+    ONCE: tl.constexpr = ALIKE and QUANTIZED  # which is multiplied at the end
     program = tl.program_id(0)
     part = tl.program_id(1)
     which, first, rows_before = 0, 0, 0
@@ -144,6 +148,11 @@ def packed_linear(
     running = tl.zeros((ROWS, TOKENS), SUMS)
     running_input = tl.zeros((ROWS, TOKENS), SUMS)
     ones = tl.full((ROWS, COLUMNS), 1, tl.float32).to(DTYPE)
+    if ALIKE:
+        place = 0 * rows if SHARED else rows
+        scale = tl.load(scales + place, mask=rows < row_count, other=0.0)
+        if HAS_ZEROS:
+            zero = tl.load(zeros + place, mask=rows < row_count, other=0.0)
     share = tl.cdiv(chunk_count, SPLIT)
     for chunk in tl.range(part * share, tl.minimum(part * share + share, chunk_count), num_stages=STAGES):
         for segment in tl.static_range(128 // COLUMNS):
@@ -166,25 +175,21 @@ def packed_linear(
                     if HAS_ZEROS:
                         running_input = dot(ones, right, running_input, NATIVE)
                 else:
-                    place = (term * groups + group) * row_count + rows
-                    scale = tl.load(scales + place, mask=in_rows, other=0.0)
+                    if not ALIKE:
+                        place = (term * groups + group) * row_count + rows
+                        scale = tl.load(scales + place, mask=in_rows, other=0.0)
                     sums = dot(left, right, tl.zeros((ROWS, TOKENS), SUMS), NATIVE).to(tl.float32)
                     if HAS_ZEROS:
-                        zero = tl.load(zeros + place, mask=in_rows, other=0.0)
+                        if not ALIKE:
+                            zero = tl.load(zeros + place, mask=in_rows, other=0.0)
                         sums -= zero[:, None] * dot(ones, right, tl.zeros((ROWS, TOKENS), SUMS), NATIVE).to(tl.float32)
                     total += sums * scale[:, None]
 
     if ONCE:
         total = running.to(tl.float32)
-        if SHARED:
-            if HAS_ZEROS:
-                total -= tl.load(zeros) * running_input.to(tl.float32)
-            total *= tl.load(scales)
-        else:
-            if HAS_ZEROS:
-                zero = tl.load(zeros + rows, mask=rows < row_count, other=0.0)
-                total -= zero[:, None] * running_input.to(tl.float32)
-            total *= tl.load(scales + rows, mask=rows < row_count, other=0.0)[:, None]
+        if HAS_ZEROS:
+            total -= zero[:, None] * running_input.to(tl.float32)
+        total *= scale[:, None]
     if HAS_OUTLIERS:
         total += outlier_sums(
             input, pick(outlier_values, which), pick(outlier_columns, which), pick(outlier_offsets, which),

@@ -25,6 +25,7 @@ def test_what_comes_out(tmp_path: Path) -> None:
     found: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == 20 and all(row["spilled"] == 0 for row in found), found
     assert [row["product"] for row in found[:6]] == ["HGMMA", "IGMMA"] * 3
+    assert all(row["pending"] == 0 for row in found[:6]), "weights are unpacked into registers that are still read"
     for row in (*found[:2], *found[4:6]):
         loads = row["loads"].split()  # all of them past the registers
         assert "LDGSTS.E.BYPASS.128" in loads and all(name.startswith("LDGSTS") for name in loads), row
