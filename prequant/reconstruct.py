@@ -57,6 +57,7 @@ from prequant.sources import (
     canonical_program,
     check_length,
     check_output,
+    check_weights,
     head_of,
     head_parameters,
     load_for,
@@ -156,7 +157,8 @@ def read_source(job: Job) -> Source:
         raise ReconstructionError("there are no texts to calibrate with: give a file of texts, or a task with its data")
     tokenizer = load_tokenizer(source)
     if task is None:
-        model = load_model(source)
+        model = load_model(source, torch.float32, tokenizer)
+        check_weights(model, source)
         head = head_parameters(model) if task_of(model) in OF_ONE_TASK else ()
     else:
         task.check_metrics()

@@ -181,31 +181,59 @@ def load_for(
     drawn from ``seed``.
 
     ``tokenizer``: whose padding a model without one of its own goes by. In eval mode. Raises :class:`SourceError`, also
-    for a folder that prequant saved, unless its weights are plain floats.
+    for a folder that prequant saved, unless its weights are plain floats, for a head of another task, and for weights
+    that are not finite.
     """
     if is_compressed(source):
         raise SourceError(f"{source} is compressed already; give the float model, or use 'prequant opt' to rewrite it")
     with _reading(source, f"a model for {task.name}"):
         set_seed(seed)
         model, loading = AUTO_CLASSES[task.kind].from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, **task.head_options()
+            source,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # transformers' own error refers to a table that it logs
+            **task.head_options(),
         )
-    if tokenizer is not None and model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    if others := sorted(loading["mismatched_keys"]):
+        name, theirs, ours = others[0]
+        raise SourceError(
+            f"{source} does not fit {task.name}: its {name} is {list(theirs)} where {list(ours)} is needed; give a "
+            "model with a head for the task, or one without a head"
+        )
+    check_weights(model, source)
+    _pad_as(model, tokenizer)
     return model.eval(), tuple(sorted(loading["missing_keys"]))
 
 
-def load_model(source: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def check_weights(model: PreTrainedModel, source: str | Path) -> None:
+    """Raise :class:`SourceError` for a parameter that holds NaN or infinity, of which nothing can be learned."""
+    for name, parameter in model.named_parameters():
+        if bad := int((~torch.isfinite(parameter)).sum()):
+            raise SourceError(f"{source}: {bad} of the {parameter.numel()} numbers of {name} are NaN or infinite")
+
+
+def _pad_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    if tokenizer is not None and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def load_model(
+    source: str | Path, dtype: torch.dtype | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PreTrainedModel:
     """The model of a folder or hub name as the class that its config names, in eval mode.
 
-    ``dtype``: the type of its weights; None takes the one that they are stored in. Raises SourceError.
+    ``dtype``: the type of its weights; None takes the one that they are stored in. ``tokenizer``: whose padding a model
+    without one of its own goes by. Raises SourceError.
     """
     with _reading(source, "the model"):
         config = AutoConfig.from_pretrained(source)
         for name in getattr(config, "architectures", None) or ():
             kind = getattr(transformers, name, None)
             if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
-                return kind.from_pretrained(source, dtype=dtype or "auto").eval()
+                model = kind.from_pretrained(source, dtype=dtype or "auto").eval()
+                _pad_as(model, tokenizer)
+                return model
     raise SourceError(
         f"{source}: its config.json names no model class of transformers in 'architectures': {config.architectures}"
     )

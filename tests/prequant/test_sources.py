@@ -154,13 +154,28 @@ def test_damaged_weights_and_other_classes_are_named(encoder: Path, tmp_path: Pa
     AutoConfig.from_pretrained(encoder, num_labels=3).save_pretrained(tmp_path / "three")
     model = make_model(num_labels=3)
     model.save_pretrained(tmp_path / "three")
-    refuse("a model for sst2 of .* can't be loaded: ", load_for, tmp_path / "three", SST2, 0)
+    refuse(
+        r"three does not fit sst2: its classifier.bias is \[3\] where \[2\] is needed; give a model with a",
+        load_for,
+        tmp_path / "three",
+        SST2,
+        0,
+    )
     (encoder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
     refuse("a model for sst2 of .*encoder' can't be loaded: ", load_for, encoder, SST2, 0)
     config = AutoConfig.from_pretrained(tmp_path / "three")
     config.architectures = ["MyOwn"]
     config.save_pretrained(tmp_path / "three")
     refuse(r"names no model class of transformers in 'architectures': \['MyOwn'\]", load_model, tmp_path / "three")
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    model = make_model()
+    with torch.no_grad():
+        weight = model.get_parameter("bert.encoder.layer.1.output.dense.weight")
+        weight[0, :2] = torch.tensor([torch.nan, torch.inf])
+    model.save_pretrained(tmp_path)
+    refuse("2 of the 1536 numbers of bert.encoder.layer.1.output.dense.weight are NaN", load_for, tmp_path, SST2, 0)
 
 
 def test_a_compressed_folder_is_no_float_model(compressed: Path) -> None:

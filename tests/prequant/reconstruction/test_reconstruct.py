@@ -24,13 +24,13 @@ from prequant.model import ModelProgram
 from prequant.passes import weights
 from prequant.passes.train import quantizes_activation
 from prequant.recipes import MREM
-from prequant.reconstruct import reconstruct
+from prequant.reconstruct import Job, read_source, reconstruct
 from prequant.reconstruction import Learner, ReconstructionError
 from prequant.runtime import PrequantError
 from prequant.sources import SourceError
 from prequant.training import TrainingError, TrainingSettings
 
-from ..tiny import LENGTH, SST2, make_tokenizer, save_folder, write_data
+from ..tiny import LENGTH, SST2, make_model, make_tokenizer, save_folder, write_data
 from .chains import recipe as with_attention
 
 recipe = partial(with_attention, attention=False)
@@ -121,6 +121,17 @@ def test_inside_attention_it_is_quantized_if_asked_for(model: Path, tmp_path: Pa
     assert len(quantized) == 4 * 4, "queries, keys, probabilities and values of each layer"
     with pytest.raises(CheckpointError, match="quantizes more than the weight or input of a linear"):
         transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+
+
+def test_a_model_of_16_bits_without_padding_of_its_own_is_read_in_float32_with_the_tokenizers(tmp_path: Path) -> None:
+    half = make_model("GPT2", "ForSequenceClassification", n_layer=3).half()
+    half.save_pretrained(tmp_path / "gpt2")
+    make_tokenizer().save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "texts.txt").write_text("a good film\na bad film\n")
+    job = Job(tmp_path / "gpt2", recipe(), tmp_path / "texts.txt", None, None, LENGTH, False)
+    read = read_source(job)
+    assert {parameter.dtype for parameter in read.original.parameters()} == {torch.float32}
+    assert read.model.config.pad_token_id == read.tokenizer.pad_token_id
 
 
 def test_a_decoder_is_reconstructed_as_well(tmp_path: Path) -> None:
