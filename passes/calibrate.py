@@ -76,6 +76,7 @@ class _Watch(fx.Interpreter):
     def __init__(self, program: Program, observers: Mapping[fx.Node, Calibrator]) -> None:
         super().__init__(program)
         self.observers = observers
+        self.extra_traceback = False  # a complaint says which activation it is; torch would add lines on the node
 
     def run_node(self, n: fx.Node) -> Any:
         if n not in self.observers:
