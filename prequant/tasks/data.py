@@ -101,6 +101,8 @@ def read_file(file: Path) -> Dataset:
     suffix = reader_of(file)
     if not suffix:
         raise TaskError(f"{file} is of no known type; use one of {', '.join(READERS)}")
+    if not file.stat().st_size:
+        raise TaskError(f"{file} is empty")
     builder, options = READERS[suffix]
     try:
         with no_progress_bars():

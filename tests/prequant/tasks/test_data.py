@@ -137,6 +137,8 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "dev.parquet").unlink()
     (tmp_path / "dev.json").write_text('{"sentence": "a", ')
     refuse(tmp_path, "dev.json can't be read as json: ")
+    (tmp_path / "dev.json").write_text("")
+    refuse(tmp_path, "dev.json is empty")
 
 
 def test_without_a_path_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
