@@ -92,7 +92,7 @@ class Learner:
         loss = reconstruction_loss(found.compared, targets.compared, masks)
         if not math.isfinite(value := loss.item()):
             raise TrainingError(
-                f"the loss of module {self.module.number} was {value} in step {self.done + 1}: its training has "
+                f"the loss of module {self.module.number + 1} was {value} in step {self.done + 1}: its training has "
                 "diverged; a smaller learning rate may help"
             )
         self._optimizer.zero_grad(set_to_none=True)

@@ -160,12 +160,13 @@ def split(
         first, last = ([0, *cuts, len(edges)][number + step] for step in (0, 1))
         if pair[0].signature != pair[1].signature:
             raise ReconstructionError(
-                f"module {number} of the quantized model takes or hands on something else than the float one: "
+                f"module {number + 1} of the quantized model takes or hands on something else than the float one: "
                 f"{pair[1].signature} instead of {pair[0].signature}"
             )
-        ends = range(first, last) if objective == "layers" else range(last - 1, last)
+        # A module may hold no block: the embeddings or the head alone.
+        ends = range(first, last) if objective == "layers" else range(max(first, last - 1), last)
         if number < len(parts) - 1:
-            ends = range(ends.start, last - 1)  # the last one is what is handed on
+            ends = range(ends.start, max(ends.start, last - 1))  # the last one is what is handed on
         names = [(edges[block], own[block]) for block in ends]
         exposed = [_exposing(program, [name[side] for name in names]) for side, program in enumerate(pair)]
         taken = tuple(item.name for item in parts.cuts[number - 1].crossing) if number else ()

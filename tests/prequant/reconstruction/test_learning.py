@@ -285,5 +285,5 @@ def test_a_module_that_diverges_says_so() -> None:
     batch = texts()[0]
     targets = modules[0].targets(batch)
     broken = type(targets)(targets.handed_on, tuple(value * math.inf for value in targets.compared))
-    with pytest.raises(TrainingError, match=r"the loss of module 0 was (nan|inf) in step 1: its training has diverged"):
+    with pytest.raises(TrainingError, match=r"the loss of module 1 was (nan|inf) in step 1: its training has diverged"):
         made.step(batch, broken)

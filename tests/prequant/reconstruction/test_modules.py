@@ -50,6 +50,21 @@ def test_of_all_layers_every_one_is_compared() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("objective", ["output", "layers"])
+def test_embeddings_and_head_may_be_modules_of_their_own(objective: Any) -> None:
+    program, _ = original(2)
+    modules, _ = split(program, Train(head=("*",))(program), boundaries=[0, 2], objective=objective)
+    assert [module.blocks for module in modules] == [0, 2, 0]
+    batch, values, compared = texts()[0], dict[str, Tensor](), list[int]()
+    for module in modules:
+        found = module.targets({**batch, **values})
+        values = dict(found.handed_on)
+        compared.append(len(found.compared))
+    assert compared == [1, 2 if objective == "layers" else 1, 1]
+    with torch.no_grad():
+        assert torch.equal(values["logits"], program(**batch).logits)
+
+
 def test_the_students_are_the_quantized_copy_and_join_to_it() -> None:
     method, (program, head) = recipe(modules=3), original()
     student = method.prepare(program, head, texts().batches[:2], progress=False)
@@ -90,7 +105,7 @@ def test_more_modules_than_layers_are_refused() -> None:
 def test_another_signature_is_refused() -> None:
     program, _ = original()
     other, _ = original(hidden_size=64, intermediate_size=64)
-    with pytest.raises(ReconstructionError, match="module 1 of the quantized model takes or hands on something else"):
+    with pytest.raises(ReconstructionError, match="module 2 of the quantized model takes or hands on something else"):
         split(program, Train(head=("*",))(other), 2)
 
 
