@@ -172,9 +172,17 @@ def _stack(
                 continue
             bodies = tuple(_bodies(flow, order, boundaries))
             # What a block makes for all (of the encoder's states, by a quantizer) parts them as well, but not by block.
-            if all(inside.get(node, place) == place for place, body in enumerate(bodies) for node in body):
+            if all(_is_of(node, place, inside, calls) for place, body in enumerate(bodies) for node in body):
                 return Stack(path, tuple(call.number for call in calls), boundaries, bodies)
     return None
+
+
+def _is_of(node: fx.Node, place: int, inside: Mapping[fx.Node, int], calls: Sequence[Call]) -> bool:
+    """Whether a node may be of the block at a place. What a module that is called again computes before it reads a
+    weight, as a quantizer of its input, counts to the call before.
+    """
+    own = inside.get(node, place)
+    return own == place or (own == place - 1 and calls[own].number == calls[place].number)
 
 
 def _chain(dominators: dict[Any, Any], source: fx.Node, end: fx.Node) -> list[fx.Node]:

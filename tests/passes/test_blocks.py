@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prequant.passes import Canonicalize, Pipeline, QuantizeWeights, lower
+from prequant.passes import Canonicalize, Pipeline, QuantizeActivations, QuantizeWeights, lower
 from prequant.passes.blocks import find_stacks
 from prequant.trace import trace
 
@@ -95,6 +95,14 @@ def test_one_block_is_a_stack_too() -> None:
 def test_layers_that_share_their_weights_say_so() -> None:
     (stack,) = find_stacks(traced("albert-masked-lm"))
     assert len(stack) == 2 and stack.numbers == (0, 0) and stack.block(0) == stack.block(1)
+    assert any(name.endswith("attention.query.weight") for name in stack.shared)
+
+
+def test_layers_that_share_their_weights_are_found_behind_quantizers_of_their_inputs() -> None:
+    program = Pipeline([Canonicalize()])(traced("albert-masked-lm"))
+    (stack,) = find_stacks(QuantizeActivations()(program))
+    (plain,) = find_stacks(program)
+    assert [node.name for node in stack.boundaries] == [node.name for node in plain.boundaries]
     assert any(name.endswith("attention.query.weight") for name in stack.shared)
 
 
