@@ -25,7 +25,7 @@ from prequant.passes import (
 from prequant.passes.blocks import find_stacks
 from prequant.passes.options import fit, options_of
 from prequant.passes.packed import packed_uses
-from prequant.runtime import PrequantError
+from prequant.runtime import Granularity, PrequantError
 from prequant.training import TrainingSettings
 
 
@@ -124,6 +124,16 @@ class TuningRecipe(StagedRecipe):
 def head_weights(program: Program, head: tuple[str, ...]) -> tuple[str, ...]:
     """Names of the weights among the parameters of the task head, by which passes leave them alone."""
     return tuple(site.name for site in weight_sites(program) if not set(head).isdisjoint(site.names))
+
+
+def check_options(recipe: str, granularity: Granularity, activation_bits: int) -> None:
+    """Raise :class:`PrequantError` for options of a recipe that has no groups, and whose activations are of 2 to 8
+    bits, or float.
+    """
+    if granularity is Granularity.GROUP:
+        raise PrequantError(f"granularity='group': expected 'tensor' or 'row'; {recipe} has no groups")
+    if activation_bits and not 2 <= activation_bits <= 8:
+        raise PrequantError(f"activation_bits={activation_bits}: expected 2 to 8, or 0")
 
 
 def weights_to_quantize(

@@ -23,7 +23,7 @@ from prequant.passes.train import quantizes_activation
 from prequant.runtime import Granularity, PrequantError
 from prequant.training import TrainingSettings
 
-from .base import Recipe, head_weights, speed_passes, weights_to_quantize
+from .base import Recipe, check_options, head_weights, speed_passes, weights_to_quantize
 
 TERNARY = 2
 
@@ -52,7 +52,7 @@ class MREM(Recipe):
     embedding_bits: int = 0
     """Bits of the table of words; 0: those of the other weights."""
     activation_bits: int = 8
-    """Bits of the inputs of linears, 4 to 8, with static scales; 0 leaves them in float."""
+    """Bits of the inputs of linears, 2 to 8, with static scales; 0 leaves them in float."""
     attention: bool = False
     """Whether queries, keys, values and probabilities are quantized as well, as published. They are only simulated: no
     kernel gains by it, attention is no longer fused, and transformers' own modules can't express it."""
@@ -84,11 +84,6 @@ class MREM(Recipe):
         right = {
             "bits": (self.bits, "1 to 8", 1 <= self.bits <= 8),
             "embedding_bits": (self.embedding_bits, "1 to 8, or 0", 0 <= self.embedding_bits <= 8),
-            "activation_bits": (
-                self.activation_bits,
-                "2 to 8, or 0",
-                not self.activation_bits or 2 <= self.activation_bits <= 8,
-            ),
             "modules": (self.modules, "1 or more", self.modules >= 1),
             "samples": (self.samples, "1 or more", self.samples >= 1),
             "queue": (self.queue, "1 or more", self.queue >= 1),
@@ -97,6 +92,7 @@ class MREM(Recipe):
         for name, (value, expected, fits) in right.items():
             if not fits:
                 raise PrequantError(f"{name}={value}: expected {expected}")
+        check_options(self.name, self.granularity, self.activation_bits)
         if 0 < self.embedding_bits <= TERNARY < self.bits:
             raise PrequantError(
                 f"embedding_bits={self.embedding_bits} goes with 1 or 2 bits of the other weights, not with {self.bits}"

@@ -25,7 +25,7 @@ from prequant.passes.blocks import find_stacks
 from prequant.runtime import Granularity, PrequantError
 from prequant.training import TrainingSettings
 
-from .base import Stage, StagedRecipe, speed_passes, weights_to_quantize
+from .base import Stage, StagedRecipe, check_options, speed_passes, weights_to_quantize
 
 FLOAT, TERNARY = 32, 2
 
@@ -73,6 +73,7 @@ class XTC(StagedRecipe):
             raise PrequantError(f"bits={self.bits}: expected 1 to 8, or 32 for float weights")
         if self.bits == FLOAT and not self._drops:
             raise PrequantError("bits=32 and neither keep nor count: there is nothing to compress")
+        check_options(self.name, self.granularity, self.activation_bits)
         # Whatever the passes have against the options, they say it now and not after an hour of training.
         if self._drops:
             self._drop()

@@ -168,6 +168,8 @@ def test_a_teacher_without_a_head_is_refused(tmp_path: Path) -> None:
         ({"bits": 32}, "bits=32 and neither keep nor count"),
         ({"keep": (1,), "count": 1}, "give either keep or count"),
         ({"keep": (3, 1)}, "expected numbers from 0, in order"),
+        ({"granularity": "group"}, "granularity='group': expected 'tensor' or 'row'; xtc has no groups"),
+        ({"activation_bits": 1}, "activation_bits=1: expected 2 to 8, or 0"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:

@@ -183,6 +183,7 @@ def test_its_budget_is_its_own_unless_it_is_told(model: Path, tmp_path: Path) ->
         ({"activation_bits": 1}, "activation_bits=1: expected 2 to 8, or 0"),
         ({"embedding_bits": 2}, "embedding_bits=2 goes with 1 or 2 bits of the other weights, not with 4"),
         ({"modules": 0}, "modules=0: expected 1 or more"),
+        ({"granularity": "group"}, "granularity='group': expected 'tensor' or 'row'; mrem has no groups"),
         ({"forcing": 1.5}, "forcing=1.5: expected a share of the steps"),
         ({"training": TrainingSettings(eval_steps=3)}, "mrem looks at no labels"),
     ],
