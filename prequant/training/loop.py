@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -51,8 +52,8 @@ def finetune(
     Batches group sentences of similar length; their order depends on the seed and the rows alone, so two models see the
     same. The same seed on the same machine with one thread gives the same weights, bit for bit; also where the training
     was ended in between, and went on from one of its ``checkpoints``. The model is left in eval mode, its configuration
-    as it was. Raises :class:`TrainingError` if nothing is trainable, states are to be scored and nothing does, or the
-    checkpoint is of another training; :class:`CheckpointError` for one that can't be read.
+    as it was. Raises :class:`TrainingError` if nothing is trainable, states are to be scored and nothing does, the loss
+    was not finite, or the checkpoint is of another training; :class:`CheckpointError` for one that can't be read.
     """
     if settings.eval_steps and evaluate is None:
         raise TrainingError(f"eval_steps={settings.eval_steps}: there is nothing to score this training by; leave it 0")
@@ -128,6 +129,8 @@ def _train(
         trainer.add_callback(course)  # the last: what it keeps of a step is all that the others did
         with course.running(lambda: float(trainer.loss_sum)):
             trainer.train()
+        if not math.isfinite(loss := float(trainer.loss_sum)):
+            raise TrainingError(f"the loss was {loss:g}: this training has diverged; a smaller learning rate may help")
 
 
 def _load_lazily_loaded() -> None:

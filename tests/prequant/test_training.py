@@ -244,6 +244,14 @@ def test_states_that_nothing_scores_are_refused() -> None:
         run(make_model(), dataclasses.replace(QUICK, eval_steps=2))
 
 
+def test_a_training_that_diverges_says_so() -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.get_parameter("classifier.bias")[0] = torch.nan
+    with pytest.raises(TrainingError, match="the loss was nan: this training has diverged; a smaller learning rate"):
+        run(model)
+
+
 def test_a_model_without_anything_to_train_is_refused() -> None:
     model = make_model().requires_grad_(False)
     with pytest.raises(TrainingError, match="nothing to train: no parameter requires a gradient"):
