@@ -130,6 +130,13 @@ def reconstruct(
         if save_steps < 0:
             raise TrainingError(f"save_steps={save_steps}: expected 1 or more, or 0 to keep finished modules alone")
         unfinished = Unfinished(Path(out), save_steps or sys.maxsize, plain(about))
+        if task is None and data is not None:
+            raise ReconstructionError(f"data {str(data)!r} is a task's: name the task, or give texts as calibration")
+        if under_launcher() and not recipe.parallel:
+            raise ReconstructionError(
+                "several processes were started, and mrem works in one: give --parallel (parallel=True) to train a "
+                "module in each, or start it without torchrun"
+            )
         job = Job(source, recipe, calibration, task, data, max_length, progress)
         if recipe.parallel and under_launcher():
             with chain() as here:

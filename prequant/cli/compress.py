@@ -108,6 +108,8 @@ def compress(
     }
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if keep is not None:
+        if not keep.strip():
+            raise PrequantError("--keep '' names no layer: write numbers from 0, such as 1,3,5")
         settings["keep"] = f"[{keep}]"  # as YAML has lists
     settings |= assignments(set_)
     if not train:

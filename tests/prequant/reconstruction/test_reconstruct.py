@@ -194,8 +194,14 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> No
         MREM(**options)
 
 
-def test_what_can_not_be_reconstructed_is_refused(model: Path, tmp_path: Path) -> None:
+def test_what_can_not_be_reconstructed_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
+    with pytest.raises(ReconstructionError, match="data 'sample' is a task's: name the task"):
+        reconstruct(model, recipe(), out, calibration=tmp_path / "texts.txt", data="sample")
+    with monkeypatch.context() as launched:
+        launched.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ReconstructionError, match="several processes were started, and mrem works in one"):
+            reconstruct(model, recipe(), out, task=SST2, data="sample")
     with pytest.raises(ReconstructionError, match="there are no texts to calibrate with"):
         reconstruct(model, recipe(), out)
     encoder = save_folder(tmp_path / "encoder")
@@ -213,6 +219,7 @@ def test_what_can_not_be_reconstructed_is_refused(model: Path, tmp_path: Path) -
             "mrem compares with the model as it is given",
         ),
         (["--recipe", "mrem", "--keep", "1,2", "--calibration", "x.txt"], "recipe 'mrem' has no option 'keep'"),
+        (["--recipe", "xtc", "--keep", "", "--task", "sst2"], "--keep '' names no layer: write numbers from 0"),
         (["--recipe", "prequant"], "--task is missing: prequant trains for a task"),
         (["--recipe", "prequant", "--task", "sst2", "--calibration", "x.txt"], "--calibration is for mrem"),
     ):
