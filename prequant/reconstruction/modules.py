@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from prequant.losses import LOGITS, QUESTION_ANSWERING
 from prequant.measure import tensor_bytes
 from prequant.passes import ExposeOutputs, HideOutputs, Partitioned, Program, partition
 from prequant.passes.blocks import find_stacks
@@ -18,6 +19,9 @@ from prequant.runtime import PrequantError
 Objective: TypeAlias = Literal["output", "layers"]
 MASKS = ("attention_mask", "decoder_attention_mask")
 """Inputs that say which positions are text and not padding."""
+
+OF_POSITIONS = LOGITS[QUESTION_ANSWERING]
+"""Results [batch, length] that are one number for each position, where others of two axes are one for each class."""
 
 Values: TypeAlias = Mapping[str, Tensor]
 
@@ -91,7 +95,11 @@ class Module:
         given, seen = program.call_with_exposed(**{name: inputs[name] for name in self.inputs if name in inputs})
         outputs = {f"{key}": value for key, value in _flat(given)}
         # What is only passed on is no work of this module.
-        new = [value for name, value in outputs.items() if value is not inputs.get(name) and value.is_floating_point()]
+        new = [
+            value.unsqueeze(-1) if name in OF_POSITIONS else value
+            for name, value in outputs.items()
+            if value is not inputs.get(name) and value.is_floating_point()
+        ]
         return Results(outputs, (*new, *(seen[name] for name in exposed)))
 
 

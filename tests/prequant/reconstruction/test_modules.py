@@ -123,6 +123,17 @@ def test_the_loss_is_a_mean_of_squares_without_padding() -> None:
     assert both.item() == pytest.approx(14 / 6 + 10 / 4), "of logits every row counts"
 
 
+def test_logits_of_padded_positions_do_not_count() -> None:
+    """Those of question answering, which are one for each position."""
+    program: Any = canonical_program(make_model(head="ForQuestionAnswering"), make_tokenizer())
+    ((module,), _) = split(program, Train(head=("*",))(program), 1)
+    batch = next(batch for batch in texts() if not batch["attention_mask"].all())
+    found = module.targets(batch)
+    padded = batch["attention_mask"] == 0
+    other = [torch.where(padded[..., None], value + 1, value) for value in found.compared]
+    assert len(other) == 3 and reconstruction_loss(other, found.compared, [batch["attention_mask"]]) == 0
+
+
 def test_what_is_handed_on_is_a_mixture() -> None:
     ours = Results({"hidden_states": torch.full((2, 3), 1.0), "codes": torch.arange(3)}, ())
     theirs = {"hidden_states": torch.full((2, 3), 5.0), "codes": torch.arange(3)}
