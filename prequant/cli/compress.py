@@ -75,7 +75,7 @@ def compress(
     scale_learning_rate: options.ScaleLearningRate = None,
     dropout: options.Dropout = None,
     max_steps: options.MaxSteps = -1,
-    eval_steps: options.EvalSteps = None,
+    eval_steps: options.RecipeEvalSteps = None,
     save_steps: options.SaveSteps = 0,
     precision: options.Precision = None,
     max_length: options.MaxLength = 128,

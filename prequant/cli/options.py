@@ -61,6 +61,14 @@ EvalSteps = Annotated[
     int | None,
     typer.Option(help="Score the model every so many steps and keep the best state.", show_default="the last"),
 ]
+RecipeEvalSteps = Annotated[
+    int | None,
+    typer.Option(
+        "--eval-steps",
+        help="Score the model every so many steps and keep the best state; 0 keeps the last.",
+        show_default="the recipe's",
+    ),
+]
 SaveSteps = Annotated[
     int,
     typer.Option(

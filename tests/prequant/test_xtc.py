@@ -185,6 +185,7 @@ def test_the_command(teacher: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output + repr(result.exception)
     said = json.loads((tmp_path / "out" / "prequant-report.json").read_text())["settings"]
     assert (said["recipe"]["keep"], said["recipe"]["bits"], said["baseline"]) == ([1, 3], 2, "given")
+    assert said["recipe"]["training"]["eval_steps"] == 1000, "the best state is kept, as published"
 
 
 def test_a_base_is_not_tuned_by_it(tmp_path: Path) -> None:
