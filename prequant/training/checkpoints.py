@@ -131,8 +131,10 @@ def restore(
     """Put a state into parameters, optimizer and generators. Returns the best state's parameters, if it has one."""
     for name, parameter in trained.items():
         parameter.copy_(tensors[f"{_PARAMETER}.{name}"])
-        moments = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS}
-        optimizer.state[parameter] = {_STEP: tensors[f"{_STEP}.{name}"], **moments}
+        # The count of steps as well: fused optimizers read it where they compute.
+        optimizer.state[parameter] = {
+            part: tensors[f"{part}.{name}"].to(parameter.device) for part in (_STEP, *_MOMENTS)
+        }
     torch.set_rng_state(tensors[f"{_GENERATOR}.cpu"])
     if (state := tensors.get(f"{_GENERATOR}.cuda")) is not None:
         torch.cuda.set_rng_state(state, next(iter(trained.values())).device)

@@ -17,6 +17,7 @@ from prequant.checkpoint import CheckpointError
 from prequant.recipes import PreQuant
 from prequant.sources import canonical_program, head_parameters
 from prequant.training import Checkpoints, TrainingError, TrainingResult, TrainingSettings, finetune
+from prequant.training.checkpoints import restore, tensors_of
 
 from .tiny import collator, encoded, make_model, make_tokenizer
 
@@ -243,6 +244,19 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
         run(model_of("eager"), path)
     with pytest.raises(TrainingError, match="a checkpoint every 0 steps: expected 1 or more"):
         Checkpoints(path, 0)
+
+
+def test_all_of_a_state_goes_where_its_parameter_is() -> None:
+    weight, other = (nn.Parameter(torch.ones(2, device=device)) for device in ("cpu", "meta"))
+    first, second = (torch.optim.AdamW([parameter]) for parameter in (weight, other))
+    weight.sum().backward()
+    first.step()
+    restore({"weight": other}, second, tensors_of({"weight": weight}, first, {}))
+    assert {name: value.device.type for name, value in second.state[other].items()} == {
+        "step": "meta",
+        "exp_avg": "meta",
+        "exp_avg_sq": "meta",
+    }
 
 
 def test_a_training_that_diverged_is_not_kept(tmp_path: Path) -> None:
