@@ -293,7 +293,7 @@ def _write(
 ) -> ReconstructionReport:
     """Freeze, save, load again, measure, and write the report."""
     parameters = sum(p.numel() for p in read.model.parameters())
-    trained = next(int(r.totals["trainable"]) for r in reversed(program.reports) if "trainable" in r.totals)
+    trained = sum(module.trained for module in modules)
     finished = job.recipe.finish()(program)
     result = TrainingResult(
         sum(module.steps for module in modules), seconds, modules[-1].last_loss, max(m.peak_memory for m in modules)

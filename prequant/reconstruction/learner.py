@@ -23,9 +23,10 @@ WINDOW = 50
 
 @dataclass(frozen=True)
 class ModuleFigures:
-    """What the reconstruction of a module took. Losses are means over the first steps and the last.
-    ``peak_memory``: bytes of the modules that the process trained, and how much it grew by that. ``seconds_before``:
-    those of ``seconds`` that were spent before the training went on.
+    """What the reconstruction of a module took. Losses are means over the first steps and the last. ``peak_memory``:
+    bytes of the modules that the process trained, and how much it grew by that. ``seconds_before``: those of
+    ``seconds`` that were spent before the training went on. ``trained``: how many numbers trained in the module; what
+    several modules read trains in none.
     """
 
     number: int
@@ -36,6 +37,7 @@ class ModuleFigures:
     last_loss: float
     peak_memory: int
     seconds_before: float = 0.0
+    trained: int = 0
 
 
 class Learner:
@@ -128,6 +130,7 @@ class Learner:
             self._last,
             self.peak_memory,
             self._seconds_before,
+            sum(parameter.numel() for parameter in self._trained.values()),
         )
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------

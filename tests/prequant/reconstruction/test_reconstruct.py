@@ -135,6 +135,7 @@ def test_a_model_of_16_bits_without_padding_of_its_own_is_read_in_float32_with_t
 
 
 def test_a_decoder_is_reconstructed_as_well(tmp_path: Path) -> None:
+    """Its table of words is its head's, too, and trains in neither of their modules."""
     folder = save_folder(tmp_path / "gpt2", "GPT2", "LMHeadModel", n_layer=3)
     (tmp_path / "texts.txt").write_text("a good film\na bad film\nneither good nor bad\n" * 4)
     report = reconstruct(
@@ -146,6 +147,7 @@ def test_a_decoder_is_reconstructed_as_well(tmp_path: Path) -> None:
         progress=False,
     )
     assert report is not None and [module.blocks for module in report.modules] == [1, 1, 1]
+    assert 0 < report.compressed.trainable < report.compressed.parameters / 2, "words are more than half of them"
     program = prequant.load(tmp_path / "out")
     assert isinstance(program, ModelProgram)
     ids = make_tokenizer()("a good film", return_tensors="pt")["input_ids"]
