@@ -126,6 +126,7 @@ def compress(
     same data, from the same head, with ``baseline_training`` (default: the recipe's epochs, batch size and seed with
     ``TrainingSettings``' learning rate); ``"given"`` takes it as it is; ``"none"`` compares with nothing; a path is a
     model fine-tuned before. By default it is trained, but taken as it is where the recipe distils: it is the teacher.
+    Of such a recipe ``"train"`` makes the teacher, which the student starts from as well.
     ``adapter``: a file to write what was trained to, so that the task can be chosen again where the folder serves other
     tasks as well; of recipes that tune. ``save_steps`` above 0: every so many steps of a training its state is kept, in
     ``OUT.unfinished``; the same call, repeated after the process was ended, goes on from there and gives the same
@@ -169,10 +170,10 @@ def _compress(
     model, fresh = load_for(source, task, recipe.training.seed, tokenizer)
     head = head_of(model, task)
     check_length(model.config, max_length)
-    if fresh and recipe.distils:
+    if fresh and recipe.distils and baseline != TRAIN:
         raise SourceError(
             f"{source} has no head for {task.name}: {', '.join(fresh)} are missing; {recipe.name} learns from a model "
-            "that is fine-tuned for the task, which prequant finetune makes"
+            "that is fine-tuned for the task: prequant finetune makes one, or the baseline 'train' does so first"
         )
     if fresh and (baseline == GIVEN or not recipe.trains):
         advice = "compare with 'train'" if recipe.trains else "fine-tune it first, as nothing is to train here"
@@ -189,6 +190,10 @@ def _compress(
         raise SourceError(f"{source} has no head for {task.name}: {', '.join(left)} are missing, and would not train")
     training = baseline_training or default_baseline_training(recipe.training)
     compared = _baseline(model, baseline, training, bench, parameters)
+    if recipe.distils and baseline == TRAIN:
+        original = canonical_program(compared[0][0], tokenizer)
+        stage = recipe.stage(0, original, original, head)
+        program = stage.passes(original)
 
     results, trains = list[TrainingResult](), dict[str, int]()
     for number in range(recipe.stages if recipe.trains else 0):
@@ -263,7 +268,7 @@ def default_baseline_training(training: TrainingSettings) -> TrainingSettings:
 
 def _baseline(
     model: PreTrainedModel, kind: str, training: TrainingSettings, bench: _Workbench, parameters: int
-) -> list[tuple[nn.Module, ModelFigures]]:
+) -> list[tuple[PreTrainedModel, ModelFigures]]:
     """The model to compare with, if there is one, and its figures; the latency is measured later, beside ours."""
     if kind == NONE:
         return []

@@ -61,7 +61,7 @@ def compress(
         str | None,
         typer.Option(
             help="What to compare with: the float model fine-tuned on the same budget (train) or as it is (given), "
-            "the folder of one fine-tuned before, or none.",
+            "the folder of one fine-tuned before, or none. Of a recipe that distils, train makes the teacher first.",
             show_default="train; given where the model is the teacher",
         ),
     ] = None,

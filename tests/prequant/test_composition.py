@@ -44,7 +44,7 @@ from prequant.sources import SourceError, canonical_program, head_of, load_for, 
 from prequant.tasks import Limits
 from prequant.training import TrainingSettings, finetune
 
-from .tiny import LENGTH, SST2, collator, encoded, make_model, make_tokenizer, save_folder, write_data
+from .tiny import LENGTH, SST2, collator, encoded, make_model, make_program, make_tokenizer, save_folder, write_data
 
 DEPTHS = {"Bert": "num_hidden_layers", "GPT2": "n_layer", "T5": "num_layers"}
 DEPTH, KEEP = 4, (1, 3)
@@ -79,7 +79,7 @@ def shallower(family: str, head: str = CLASSIFIER, keep: Sequence[int] = KEEP) -
 
 def deep_program(family: str, head: str = CLASSIFIER) -> tuple[ModelProgram, tuple[str, ...]]:
     model = make_model(family, head, **options(family, DEPTH))
-    return cast(ModelProgram, canonical_program(model, make_tokenizer())), head_of(model, SST2)
+    return make_program(family, head, **options(family, DEPTH)), head_of(model, SST2)
 
 
 def batch() -> dict[str, Tensor]:

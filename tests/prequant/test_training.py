@@ -16,7 +16,7 @@ from prequant.sources import canonical_program, head_parameters
 from prequant.training import TrainingError, TrainingResult, TrainingSettings, finetune, parameter_groups
 from prequant.training.precision import Precision, collator_for
 
-from .tiny import collator, encoded, make_model, make_tokenizer
+from .tiny import collator, encoded, make_model, make_program, make_tokenizer
 
 QUICK = TrainingSettings(epochs=2, batch_size=8, learning_rate=1e-2)
 
@@ -26,9 +26,9 @@ def one_thread(reproducible: None) -> None:
     torch.set_num_threads(1)
 
 
-def program_of(model: Any, **options: Any) -> Program:
-    """The model after stage 1 of PreQuant."""
-    original = canonical_program(model, make_tokenizer())
+def program_of(model: Any, original: Program | None = None, **options: Any) -> Program:
+    """The model after stage 1 of PreQuant; ``original`` is its Program, if it has been traced."""
+    original = canonical_program(model, make_tokenizer()) if original is None else original
     return PreQuant(**options).prepare(original, head_parameters(model))(original)
 
 
@@ -114,7 +114,7 @@ def test_training_is_adamw_with_warmup_clipping_and_decay_as_the_settings_say() 
 @pytest.mark.parametrize("kind", ["eager", "program"])
 def test_without_dropout_nothing_is_dropped_and_the_mode_is_free_again(kind: str) -> None:
     def trained(dropout: bool, **config: Any) -> dict[str, Tensor]:
-        model = make_model(**config) if kind == "eager" else program_of(make_model(**config))
+        model = make_model(**config) if kind == "eager" else program_of(make_model(**config), make_program(**config))
         run(model, dataclasses.replace(QUICK, dropout=dropout))
         assert model.train().training and not model.eval().training and "train" not in vars(model)
         return state(model)
@@ -126,7 +126,7 @@ def test_without_dropout_nothing_is_dropped_and_the_mode_is_free_again(kind: str
 def test_an_eager_model_and_a_program_see_the_same_batches_in_the_same_order() -> None:
     eager, compressed, other = Seen(), Seen(), Seen()
     run(make_model(), collate=eager)
-    run(program_of(make_model()), collate=compressed)
+    run(program_of(make_model(), make_program()), collate=compressed)
     batches = compressed.batches
     assert batches == eager.batches and len(batches) == 6
     for epoch in (batches[:3], batches[3:]):
@@ -139,7 +139,7 @@ def test_an_eager_model_and_a_program_see_the_same_batches_in_the_same_order() -
 @pytest.mark.parametrize("kind", ["eager", "program"])
 def test_a_seed_gives_the_same_weights_whatever_ran_before(kind: str) -> None:
     def trained(seed: int) -> dict[str, Tensor]:
-        model = make_model() if kind == "eager" else program_of(make_model())
+        model = make_model() if kind == "eager" else program_of(make_model(), make_program())
         run(model, TrainingSettings(epochs=1, batch_size=8, learning_rate=1e-2, seed=seed))
         return state(model)
 
@@ -190,7 +190,7 @@ def test_training_a_program_changes_only_what_trains_and_no_tensor_it_shares() -
 
 
 def test_the_configuration_is_as_before_and_the_model_evaluates() -> None:
-    models: list[Any] = [make_model(), make_model("GPT2", pad_token_id=0), program_of(make_model())]
+    models: list[Any] = [make_model(), make_model("GPT2", pad_token_id=0), program_of(make_model(), make_program())]
     for model in models:
         model.train()
         before = model.config.to_dict()
@@ -353,7 +353,7 @@ def test_decay_acts_on_an_eager_models_matrices_and_the_heads_rate_on_the_head()
 
 
 def test_decay_spares_the_parts_of_compressed_weights_and_acts_on_latent_ones() -> None:
-    original = canonical_program(make_model(), make_tokenizer())
+    original = make_program()
     coded = Pipeline(
         [
             SplitOutliers(ratio=0.01, exclude=("classifier*",)),

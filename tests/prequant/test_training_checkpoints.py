@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from prequant.checkpoint import CheckpointError
 from prequant.recipes import PreQuant
-from prequant.sources import canonical_program, head_parameters
+from prequant.sources import head_parameters
 from prequant.training import Checkpoints, TrainingError, TrainingResult, TrainingSettings, finetune
 from prequant.training.checkpoints import restore, tensors_of
 
-from .tiny import collator, encoded, make_model, make_tokenizer
+from .tiny import collator, encoded, make_model, make_program
 
 STEPS = 7
 """Of three batches an epoch: the third epoch is not finished."""
@@ -39,7 +39,7 @@ def model_of(kind: str) -> nn.Module:
     model = make_model()  # with dropout
     if kind == "eager":
         return model
-    original = canonical_program(model, make_tokenizer())
+    original = make_program()
     return PreQuant().prepare(original, head_parameters(model))(original)
 
 

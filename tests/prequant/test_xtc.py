@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 import prequant
 from prequant.cli import app
-from prequant.compress import GIVEN, compress
+from prequant.compress import GIVEN, TRAIN, compress, default_baseline_training
+from prequant.finetune import finetune_baseline
 from prequant.model import ModelProgram
 from prequant.passes import Program, weights
 from prequant.recipes import XTC, PreQuant
@@ -155,10 +156,21 @@ def test_it_learns_from_labels_if_told_to(teacher: Path, tmp_path: Path) -> None
     assert not staged(recipe, original).signature.exposed
 
 
-def test_a_teacher_without_a_head_is_refused(tmp_path: Path) -> None:
-    folder = save_folder(tmp_path / "encoder")
+def test_a_model_without_a_head_is_made_a_teacher_if_told_to(tmp_path: Path) -> None:
+    """Which gives what fine-tuning and then XTC give."""
+    folder, out = save_folder(tmp_path / "encoder"), tmp_path / "out"
+    recipe = XTC(bits=1, training=BUDGET)
+    options: dict[str, Any] = {"max_length": LENGTH, "progress": False}
     with pytest.raises(SourceError, match="xtc learns from a model that is fine-tuned for the task"):
-        compress(folder, XTC(training=BUDGET), SST2, "sample", tmp_path / "out", max_length=LENGTH, progress=False)
+        compress(folder, recipe, SST2, "sample", out, **options)
+    report = compress(folder, recipe, SST2, "sample", out, baseline=TRAIN, **options)
+    budget = default_baseline_training(BUDGET)
+    finetune_baseline(folder, SST2, "sample", tmp_path / "teacher", budget, **options)
+    apart = compress(tmp_path / "teacher", recipe, SST2, "sample", tmp_path / "apart", **options)
+    assert report.baseline is not None and report.baseline.training is not None and apart.baseline is not None
+    assert report.baseline.scores == apart.baseline.scores
+    ours, theirs = (prequant.load(path).state_dict() for path in (out, tmp_path / "apart"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 @pytest.mark.parametrize(

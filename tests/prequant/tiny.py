@@ -1,10 +1,11 @@
 """Tiny model folders with a tokenizer, and a few labelled sentences. Import with ``from .tiny import ...``."""
 
 import csv
+from copy import deepcopy
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -15,6 +16,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from prequant.model import ModelProgram
+from prequant.sources import canonical_program
 from prequant.tasks import Collator, Task, task
 
 SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
@@ -108,6 +111,16 @@ def make_model(family: str = "Bert", head: str = "ForSequenceClassification", **
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return getattr(transformers, family + head)(config).eval()
+
+
+def make_program(family: str = "Bert", head: str = "ForSequenceClassification", **options: Any) -> ModelProgram:
+    """The Program of :func:`make_model` in canonical form: traced once, and copied."""
+    return deepcopy(_program(family, head, tuple(options.items())))
+
+
+@cache
+def _program(family: str, head: str, options: tuple[tuple[str, Any], ...]) -> ModelProgram:
+    return cast(ModelProgram, canonical_program(make_model(family, head, **dict(options)), make_tokenizer()))
 
 
 def save_folder(folder: Path, family: str = "Bert", head: str = "Model", **options: Any) -> Path:
