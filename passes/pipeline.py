@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from prequant.runtime import PrequantError
-from prequant.runtime.memory import version_of
+from prequant.runtime.versions import version_of
 
 from .base import Pass, PassError, Report, current_site
 from .config import FILE_TYPES, Config, config_of, load_passes, passes_of

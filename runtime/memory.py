@@ -32,11 +32,6 @@ the heap between what stays: training on long texts would grow to several times 
 _PAGE_OUT = 21  # MADV_PAGEOUT
 
 
-def version_of(tensor: Tensor) -> int:
-    """What changes when a tensor is written to: always 0 of one made in inference mode, which does not count."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 @torch.inference_mode(False)  # it may be kept, and used outside the mode that it is first asked for in
 def aligned_bytes(count: int) -> Tensor:
     """``count`` uninitialised bytes that begin at a multiple of :data:`ALIGNMENT`; large memory in large pages, where

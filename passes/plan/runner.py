@@ -16,7 +16,7 @@ from torch.nn.modules import module as torch_modules
 
 from prequant.runtime import PrequantError, native
 from prequant.runtime import plan as runtime_plan
-from prequant.runtime.memory import version_of
+from prequant.runtime.versions import version_of
 
 from ..program import Input, Program
 from .compile import Coverage, Draft, NoPlan, draft_plan

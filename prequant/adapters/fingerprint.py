@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prequant.checkpoint.tensors import hash_tensors
 from prequant.passes import Program, weights
-from prequant.runtime.memory import version_of
+from prequant.runtime.versions import version_of
 
 _KNOWN: WeakKeyDictionary[Program, tuple[Any, str]] = WeakKeyDictionary()
 

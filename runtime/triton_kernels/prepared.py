@@ -11,8 +11,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..backends import records_gradients
 from ..formats import Scheme, WeightFormat
-from ..memory import version_of
 from ..reference import Outliers
+from ..versions import version_of
 from .layout import arrange_codes, arrange_scales
 from .rows import unpacked, values_at
 from .workspace import lasting

@@ -193,16 +193,8 @@ FORMS: dict[str, Pipeline] = {
 }
 
 
-# Every model in one form, every form in two models: graphs with a cache take seconds to make.
-COMPRESSED = [
-    *((family, "4-bit-with-outliers") for family in HEADS),
-    *((family, "3-bit-groups") for family in ("Llama", "T5")),
-    *((family, "binary-code") for family in ("GPT2", "OPT")),
-    *((family, "8-bit-inputs") for family in ("GPT2", "Qwen2")),
-]
-
-
-@pytest.mark.parametrize(("family", "form"), COMPRESSED)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", HEADS)
 def test_packed_tokens_are_the_simulated_ones(family: str, form: str, request: pytest.FixtureRequest) -> None:
     if form == "8-bit-inputs":
         # Sums that are rounded otherwise move a code of the next input now and then, and so a token in the end.

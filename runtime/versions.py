@@ -1,0 +1,33 @@
+"""When a tensor was written to: packed weights, plans and adapters that were made of it are made anew then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+def version_of(tensor: Tensor) -> int:
+    """What changes when a tensor is written to: always 0 of one made in inference mode, which does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def count_fused_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Count a step of an optimizer made with ``fused=True`` as a write to its parameters. PyTorch's fused steps don't,
+    and are what ``transformers.Trainer`` takes unless told otherwise.
+    """
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            _count_write(group["params"])
+
+
+@torch.compiler.disable(reason="a version that is counted while a graph is traced is not counted when it runs")
+def _count_write(parameters: Iterable[Tensor]) -> None:
+    increment_version([parameter for parameter in parameters if parameter.grad is not None])
+
+
+register_optimizer_step_post_hook(count_fused_step)
