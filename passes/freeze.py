@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from prequant.runtime import Scheme, WeightFormat, ops
+from prequant.runtime.metrics import all_finite
 from prequant.runtime.reference import positive_scale
 
 from .base import PassError, Report, WeightPass
@@ -79,7 +80,7 @@ class Freeze(WeightPass):
         cast = values.to(DTYPES[self.outlier_dtype])
         if cast.dtype is values.dtype:
             return False
-        if not bool(torch.isfinite(cast).all()):
+        if not all_finite(cast):
             largest = float(values.abs().max())
             raise PassError(f"{name}: a value of {largest:.4g} does not fit into {self.outlier_dtype}", node=view.name)
         view.program.set_tensor(name, cast)
@@ -133,7 +134,7 @@ def _check_finite(program: Program, parts: set[str]) -> None:
     """Raise for a trained parameter, or a part of a weight in scope, that holds NaN or infinity."""
     bad = []
     for name, value in program.named_parameters(remove_duplicate=False):
-        if (value.requires_grad or name in parts) and not bool(torch.isfinite(value).all()):
+        if (value.requires_grad or name in parts) and not all_finite(value):
             bad.append(f"{name} ({int((~torch.isfinite(value)).sum())} of {value.numel()})")
     if bad:
         more = f" and {len(bad) - 5} more" if bad[5:] else ""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from prequant.runtime import Outliers, PrequantError, ops, reference
+from prequant.runtime.metrics import all_finite
 
 from .program import Program, attribute_node
 
@@ -211,7 +212,7 @@ def _restore(site: WeightSite, kept: Tensor | None) -> None:
     values = site.program.tensor(name).detach()
     change = kept.float() - site.value()[outlier_positions(site)].float()
     updated = (values.float() + change).to(values.dtype)
-    if not bool(torch.isfinite(updated).all()):
+    if not all_finite(updated):
         raise PrequantError(f"{site.name}: its outliers are too large for {str(values.dtype).removeprefix('torch.')}")
     site.program.set_tensor(name, updated)
 

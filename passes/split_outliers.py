@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prequant.runtime import ops
+from prequant.runtime.metrics import all_finite
 
 from .base import PassError, Report, WeightPass
 from .options import DTYPES
@@ -74,7 +75,7 @@ class SplitOutliers(WeightPass):
                 report.keep(site, "its outliers are split already")
                 continue
             weight = site.dense.detach()
-            if weight.dim() != 2 or not bool(torch.isfinite(weight).all()):
+            if weight.dim() != 2 or not all_finite(weight):
                 report.keep(site, "not a matrix of finite numbers")
                 continue
             total += weight.numel()
@@ -119,7 +120,7 @@ class SplitOutliers(WeightPass):
         if self.mode == "delta":
             values.zero_()
         stored = values.to(DTYPES[self.dtype])
-        if not bool(torch.isfinite(stored).all()):
+        if not all_finite(stored):
             raise PassError(f"an outlier of {float(values.abs().max()):.4g} does not fit into {self.dtype}")
         counts = torch.bincount(chosen // columns, minlength=rows)
         return {

@@ -42,6 +42,7 @@ from prequant.model import MODEL_CLASS, ModelProgram
 from prequant.passes import Canonicalize, Pipeline, Program
 from prequant.quiet import no_load_report, no_progress_bars
 from prequant.runtime import PrequantError
+from prequant.runtime.metrics import all_finite
 from prequant.tasks import Task
 from prequant.trace import trace
 
@@ -209,7 +210,8 @@ def load_for(
 def check_weights(model: PreTrainedModel, source: str | Path) -> None:
     """Raise :class:`SourceError` for a parameter that holds NaN or infinity, of which nothing can be learned."""
     for name, parameter in model.named_parameters():
-        if bad := int((~torch.isfinite(parameter)).sum()):
+        if not all_finite(parameter):
+            bad = int((~torch.isfinite(parameter)).sum())
             raise SourceError(f"{source}: {bad} of the {parameter.numel()} numbers of {name} are NaN or infinite")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .errors import FormatError
 from .formats import Granularity, Scheme, WeightFormat
+from .metrics import all_finite
 from .packing import pack, unpack
 from .quantizer import QuantizedWeight, _blocks
 
@@ -52,7 +53,7 @@ def refuses(weight: Tensor) -> str:
         return f"of type {weight.dtype}, not a float"
     if weight.numel() == 0:
         return "empty"
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         return "it holds NaN or infinity"
     return ""
 

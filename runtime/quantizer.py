@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor
 from . import reference
 from .errors import FormatError
 from .formats import Granularity, Scheme, WeightFormat
+from .metrics import all_finite
 from .strategies import TILE, strategy, usable_scale
 
 ROUNDED_AT_ONCE = 1 << 20
@@ -54,8 +54,7 @@ class Quantizer:
             return f"of type {weight.dtype}, not a float"
         if weight.numel() == 0:
             return "empty"
-        # NaN and infinity show in the extremes, which take one pass; latent weights come here in each step.
-        if not all(math.isfinite(extreme.float()) for extreme in torch.aminmax(weight.detach())):
+        if not all_finite(weight, torch.float32):
             return "it holds NaN or infinity, in float32 at least"
         return ""
 

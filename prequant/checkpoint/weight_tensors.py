@@ -25,6 +25,7 @@ from torch import Tensor
 from prequant.passes.sites import OUTLIER_PREFIX
 from prequant.runtime import FormatError, Scheme, WeightFormat
 from prequant.runtime.formats import TRITS_PER_BYTE
+from prequant.runtime.metrics import all_finite
 
 from .errors import CheckpointError
 from .json_file import describe
@@ -120,7 +121,7 @@ def _check_codes(format: WeightFormat | None, codes: Tensor, name: str) -> None:
 def check_finite(format: WeightFormat | None, tensor: Tensor, name: str) -> None:
     """Raise :class:`CheckpointError` unless a tensor holds floats, all of them finite."""
     _check_dtype(tensor, FLOATS, name)
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise CheckpointError(
             f"{name} holds {tensor[~torch.isfinite(tensor)][0].item()}; its numbers have to be finite"
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from prequant.passes.sites import OUTLIER_PREFIX
 from prequant.passes.weights import BCQ_PARTS, WeightView, float_bytes
 from prequant.runtime import Outliers, Scheme, WeightFormat, sqnr
+from prequant.runtime.metrics import all_finite
 from prequant.runtime.packing import unpack
 
 from .record import Histogram, WeightRecord
@@ -61,7 +62,7 @@ def _outliers(view: WeightView) -> Outliers | None:
 def _histogram(value: Tensor, original: Tensor | None, outliers: Outliers | None) -> Histogram | None:
     """None for a weight without finite values to count."""
     both = [item.float() for item in (value, original) if item is not None and item.numel()]
-    if not both or not all(bool(torch.isfinite(item).all()) for item in both):
+    if not both or not all(map(all_finite, both)):
         return None
     low = min(float(item.min()) for item in both)
     high = max(float(item.max()) for item in both)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from prequant.runtime import metrics, sqnr
+from prequant.runtime.metrics import all_finite
 
 
 def test_decibels_by_hand() -> None:
@@ -35,3 +36,21 @@ def test_pieces_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = sqnr(original, approximation)
     monkeypatch.setattr(metrics, "CHUNK", 10)
     assert sqnr(original.T.contiguous().T, approximation) == pytest.approx(whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int32])
+def test_finite_is_all_but_nan_and_infinity(dtype: torch.dtype) -> None:
+    values = torch.tensor([[-3.0, 0.0], [2.0, 5.0]], dtype=dtype)
+    assert all_finite(values) and all_finite(values[:0]) and all_finite(values[0, 0])
+    for bad in (math.nan, math.inf, -math.inf) if dtype.is_floating_point else ():
+        for place in ((0, 0), (1, 1)):
+            changed = values.clone().requires_grad_()
+            with torch.no_grad():
+                changed[place] = bad
+            assert not all_finite(changed)
+
+
+def test_finite_in_a_type_of_fewer_values() -> None:
+    large = torch.tensor([1.0, -7e4])
+    assert all_finite(large) and not all_finite(large, torch.float16)
+    assert not all_finite(torch.tensor([1e300], dtype=torch.float64), torch.float32)
