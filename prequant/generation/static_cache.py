@@ -13,8 +13,8 @@ cache for every call, so rooms are lent: a cache has one as long as it lives, an
 with the graph that was recorded in it. A graph holds what kernels made of the weights at that time; it is recorded anew
 when a weight has been written to or replaced since. On the CPU the same graph runs operator by operator (no plan: plans
 are for graphs that write nothing). Recorded or not, ``torch.compile`` may make few kernels of what lies between packed
-operators, if it is asked to: a layer of Llama takes some forty of them, most of which run for less time than it takes
-to start them. No graph has been recorded on a GPU yet.
+operators, if it is asked to: a layer of Llama takes some forty of them, most of which, by their bytes, should run for
+less time than it takes to start them. No graph has been recorded on a GPU yet.
 """
 
 from __future__ import annotations
