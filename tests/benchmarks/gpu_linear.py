@@ -41,6 +41,9 @@ OURS: dict[str, tuple[str, bool, str]] = {
     "3 binary planes": (f"bcq3:group{GROUP}", False, ""),
     "4 bits, 0.5 % outliers": (f"affine4:group{GROUP}", True, ""),
     "4 bits, 8-bit inputs": (f"affine4:group{GROUP}", False, "affine8:row"),
+    **{f"{bits} bits": (f"affine{bits}:group{GROUP}", False, "") for bits in (5, 6, 7)},
+    "1 binary plane": (f"bcq1:group{GROUP}", False, ""),
+    "4 binary planes": (f"bcq4:group{GROUP}", False, ""),
 }
 OUTLIERS = 0.005
 
