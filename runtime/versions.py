@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,18 +15,13 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def count_fused_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Count a step of an optimizer made with ``fused=True`` as a write to its parameters. PyTorch's fused steps don't,
-    and are what ``transformers.Trainer`` takes unless told otherwise.
-    """
-    for group in optimizer.param_groups:
-        if group.get("fused"):
-            _count_write(group["params"])
-
-
 @torch.compiler.disable(reason="a version that is counted while a graph is traced is not counted when it runs")
-def _count_write(parameters: Iterable[Tensor]) -> None:
+def count_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Count an optimizer's step as a write to its parameters. PyTorch's steps with ``fused=True``, which
+    ``transformers.Trainer`` takes unless told otherwise, don't, nor do those of kernels from elsewhere.
+    """
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     increment_version([parameter for parameter in parameters if parameter.grad is not None])
 
 
-register_optimizer_step_post_hook(count_fused_step)
+register_optimizer_step_post_hook(count_step)

@@ -21,6 +21,7 @@ from torch._inductor.compile_fx import compile_fx
 from prequant.passes import PassError, Pipeline, Program
 from prequant.passes.options import near_misses
 from prequant.passes.transplant import transplant
+from prequant.runtime.versions import version_of
 from prequant.trace import trace
 
 from .lifted import Bound, CompileError, bind
@@ -124,7 +125,7 @@ _made: dict[tuple[str, _Weights], tuple[weakref.ref[Program], list[weakref.ref[T
 def _compressed(bound: Bound, passes: str) -> Program:
     """The graph after the passes, over the tensors of an earlier one of the same weights, if there is one."""
     parameters = dict(bound.module.named_parameters())
-    key = passes, tuple((name, id(value), value._version) for name, value in parameters.items())
+    key = passes, tuple((name, id(value), version_of(value)) for name, value in parameters.items())
     with torch._guards.tracing(
         None
     ):  # what is traced here is no part of what Dynamo traces: its guards would be Dynamo's

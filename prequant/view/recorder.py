@@ -12,6 +12,7 @@ from tqdm import tqdm
 from prequant.inspection import other_bytes
 from prequant.passes import Observer, Program, Report, Step, to_networkx, weights
 from prequant.passes.weights import WeightView
+from prequant.runtime.versions import version_of
 
 from .changes import Changes, changes
 from .measuring import Baseline, baseline, measure
@@ -173,7 +174,7 @@ class Recorder(Observer):
         for view in views:
             tensors = [view.program.tensor(name) for name in view.tensors.values()]
             facts = (view.name, view.format, view.input_format, view.kind, view.lowered, view.outliers_replace)
-            key = (*facts, *((tensor.data_ptr(), tensor._version, tuple(tensor.shape)) for tensor in tensors))
+            key = (*facts, *((tensor.data_ptr(), version_of(tensor), tuple(tensor.shape)) for tensor in tensors))
             held += tensors
             if key in self._weights:
                 places[key] = self._weights[key]

@@ -1,4 +1,4 @@
-"""Fused steps of optimizers are seen as what they are: writes to their parameters."""
+"""Steps of optimizers are seen as what they are, writes to their parameters, also where PyTorch does not."""
 
 from collections.abc import Callable
 
@@ -28,10 +28,29 @@ def test_a_step_counts_as_a_write_to_what_it_wrote_to(kind: Callable[..., torch.
     assert trained[0] < 1 and version_of(without_gradient) == version_of(other) == 0
 
 
-def test_a_fused_step_that_is_compiled_counts_as_well() -> None:
+class Descent(torch.optim.Optimizer):
+    """Writes past PyTorch, as kernels from elsewhere do."""
+
+    def __init__(self, parameters: list[Parameter]) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            parameter.detach().numpy()[:] -= parameter.grad.numpy()
+
+
+def test_so_does_one_that_pytorch_knows_nothing_of() -> None:
     parameter = Parameter(torch.ones(4))
     parameter.grad = torch.ones(4)
-    optimizer = torch.optim.AdamW([parameter], lr=torch.tensor(0.1), fused=True)
+    Descent([parameter]).step()
+    assert parameter[0] == 0 and version_of(parameter) == 1
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_is_compiled_counts_as_well(fused: bool) -> None:
+    parameter = Parameter(torch.ones(4))
+    parameter.grad = torch.ones(4)
+    optimizer = torch.optim.AdamW([parameter], lr=torch.tensor(0.1), fused=fused)
     step = torch.compile(optimizer.step, backend="eager")
     for _ in range(2):
         before = version_of(parameter)
