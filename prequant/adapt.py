@@ -82,7 +82,8 @@ def adapt(
     Raises :class:`PrequantError` for input that can't be used, before anything trains.
     """
     with nullcontext() if progress else no_progress_bars():
-        unfinished = Unfinished(Path(out), save_steps, {"task": task.name, "max_length": max_length})
+        told = None if recipe is None else plain(recipe.settings())
+        unfinished = Unfinished(Path(out), save_steps, {"task": task.name, "max_length": max_length, "recipe": told})
         report = _adapt(Path(base), task, data, Path(out), recipe, max_length, progress, unfinished)
         unfinished.remove()
         return report

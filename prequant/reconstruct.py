@@ -202,7 +202,7 @@ def read_source(job: Job) -> Source:
 
 def prepared(read: Source, recipe: MREM, progress: bool) -> tuple[tuple[Module, ...], Partitioned]:
     """The modules of the model and its quantized copy, and the latter's parts."""
-    student = recipe.prepare(read.original, read.head, read.calibration[:OBSERVED], progress)
+    student = recipe.prepare(read.original, read.head, read.calibration.spread(OBSERVED), progress)
     count, cuts = (None, recipe.boundaries) if recipe.boundaries else (recipe.modules, None)
     return split(read.original, student, count, cuts, recipe.balance, recipe.objective)
 

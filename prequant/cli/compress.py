@@ -23,7 +23,10 @@ def compress(
     ] = None,
     recipe: Annotated[str, typer.Option(help="The method: prequant, alphatuning, xtc or mrem.")] = "prequant",
     data: options.Data = None,
-    bits: Annotated[int | None, typer.Option(help="Bits per weight, 1 to 8.", show_default="the recipe's")] = None,
+    bits: Annotated[
+        int | None,
+        typer.Option(help="Bits per weight, 1 to 8; xtc: also 32, float weights.", show_default="the recipe's"),
+    ] = None,
     granularity: Annotated[
         str | None, typer.Option(help="What shares a scale: tensor, row or group.", show_default="the recipe's")
     ] = None,
@@ -56,7 +59,9 @@ def compress(
         bool, typer.Option("--parallel", help="All modules at once: under torchrun, each in a process of its own.")
     ] = False,
     set_: options.Set = [],  # noqa: B006
-    train: Annotated[bool, typer.Option("--train/--no-train", help="Whether stage 2 trains.")] = True,
+    train: Annotated[
+        bool, typer.Option("--train/--no-train", help="Whether anything trains once the model is compressed.")
+    ] = True,
     baseline: Annotated[
         str | None,
         typer.Option(
@@ -123,8 +128,18 @@ def compress(
     chosen = with_fields(replace(chosen, training=training), settings)
     found = None if task is None else find_task(task)
     if isinstance(chosen, MREM):
-        if adapter is not None or baseline not in (None, "given"):
-            raise PrequantError("mrem compares with the model as it is given, and makes no adapter")
+        refused = {
+            "--adapter": adapter is not None,
+            "--baseline": baseline not in (None, "given"),
+            "--baseline-learning-rate": baseline_learning_rate is not None,
+            "--dropout": dropout is True,
+            "--head-learning-rate": head_learning_rate is not None,
+        }
+        if wrong := [option for option, given in refused.items() if given]:
+            raise PrequantError(
+                f"mrem does not take {', '.join(wrong)}: it compares with the model as it is given, makes no adapter, "
+                "and learns without dropout, the head at the rate of all"
+            )
         made = reconstruct(
             model,
             chosen,

@@ -25,22 +25,16 @@ def finetune(
     seed: options.Seed = 42,
     quiet: options.Quiet = False,
 ) -> None:
-    """Fine-tune MODEL on a task in float32 and save it as an ordinary model folder."""
+    """Fine-tune MODEL on a task and save it as an ordinary model folder, in float32."""
     from prequant.finetune import finetune_baseline
     from prequant.tasks import task as find_task
     from prequant.training import TrainingSettings
 
+    from .settings import trained_with
+
+    rates = (learning_rate, head_learning_rate, None)
     usual = TrainingSettings()
-    training = TrainingSettings(
-        epochs=epochs,
-        batch_size=batch_size,
-        max_steps=max_steps,
-        seed=seed,
-        learning_rate=usual.learning_rate if learning_rate is None else learning_rate,
-        head_learning_rate=head_learning_rate,
-        dropout=usual.dropout if dropout is None else dropout,
-        eval_steps=usual.eval_steps if eval_steps is None else eval_steps,
-    )
+    training = trained_with(usual, epochs, batch_size, rates, dropout, max_steps, eval_steps, precision, seed)
     figures = finetune_baseline(
         model, find_task(task), data, out, training, max_length=max_length, save_steps=save_steps, progress=not quiet
     )

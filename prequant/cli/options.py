@@ -36,7 +36,7 @@ AdapterFile = Annotated[
     Path | None, typer.Option("--adapter", help="A file that 'prequant adapt' wrote for this folder.")
 ]
 Epochs = Annotated[float, typer.Option(help="Passes over the training set.")]
-BatchSize = Annotated[int, typer.Option(help="Examples per step.", min=1)]
+BatchSize = Annotated[int, typer.Option(help="Examples at a time.", min=1)]
 LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="the method's own")]
 ScaleLearningRate = Annotated[
     float | None,
@@ -46,7 +46,10 @@ ScaleLearningRate = Annotated[
     ),
 ]
 HeadLearningRate = Annotated[
-    float | None, typer.Option(help="Peak learning rate of the task head.", show_default="--learning-rate")
+    float | None,
+    typer.Option(
+        help="Peak learning rate of the task head.", show_default="--learning-rate if given, else the method's own"
+    ),
 ]
 Dropout = Annotated[
     bool | None,
@@ -56,7 +59,10 @@ Dropout = Annotated[
         show_default="the method's own",
     ),
 ]
-MaxSteps = Annotated[int, typer.Option(help="Stop after so many steps; -1 for all epochs.")]
+MaxSteps = Annotated[
+    int,
+    typer.Option(help="Stop after so many steps; -1 for all epochs, or the steps of a method that counts in these."),
+]
 EvalSteps = Annotated[
     int | None,
     typer.Option(help="Score the model every so many steps and keep the best state.", show_default="the last"),
@@ -73,7 +79,7 @@ SaveSteps = Annotated[
     int,
     typer.Option(
         help="Keep the training's state every so many steps, in OUT.unfinished: the same command goes on from there "
-        "after it was killed; 0 keeps nothing.",
+        "after it was killed; 0 keeps nothing (of mrem, the modules that are finished).",
         min=0,
     ),
 ]

@@ -93,6 +93,10 @@ class MREM(Recipe):
             if not fits:
                 raise PrequantError(f"{name}={value}: expected {expected}")
         check_options(self.name, self.granularity, self.activation_bits)
+        if self.attention and not self.activation_bits:
+            raise PrequantError(
+                "attention=True quantizes values inside attention: activation_bits=0 leaves all in float"
+            )
         if 0 < self.embedding_bits <= TERNARY < self.bits:
             raise PrequantError(
                 f"embedding_bits={self.embedding_bits} goes with 1 or 2 bits of the other weights, not with {self.bits}"

@@ -22,8 +22,13 @@ from .modules import ReconstructionError
 
 TEXT_COLUMNS = ("text", "sentence", "sentence1", "question1", "premise", "question", "context")
 """What a column of texts may be called; the first that a file has is read."""
-PAIRS = {"sentence1": "sentence2", "question1": "question2", "premise": "hypothesis", "question": "sentence"}
-"""Columns whose texts are read together with those of another, where there is one."""
+PAIRS = {
+    "sentence1": ("sentence2",),
+    "question1": ("question2",),
+    "premise": ("hypothesis",),
+    "question": ("sentence", "context"),
+}
+"""Columns whose texts are read together with those of another: the first that there is."""
 
 
 def encode_texts(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: bool = True) -> Dataset:
@@ -39,8 +44,7 @@ def encode_texts(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int
             f"{path} has no column of texts: one of {', '.join(TEXT_COLUMNS)} is read; it has "
             f"{', '.join(rows.column_names)}"
         )
-    columns = [name for name in (column, PAIRS.get(column, column)) if name in rows.column_names]
-    columns = list(dict.fromkeys(columns))
+    columns = [column, *[name for name in PAIRS.get(column, ()) if name in rows.column_names][:1]]
     rows = rows.filter(lambda row: row[columns[0]] is not None and str(row[columns[0]]).strip() != "")
     check_texts(rows, columns, str(path))
     if not len(rows):
@@ -84,6 +88,11 @@ class CalibrationSet(Sequence[Mapping[str, Tensor]]):
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    def spread(self, count: int) -> CalibrationSet:
+        """So many batches (all if there are no more), from the shortest texts to the longest, evenly."""
+        count = min(count, len(self))
+        return CalibrationSet([self.batches[(2 * i + 1) * len(self) // (2 * count)] for i in range(count)])
 
     def to(self, device: torch.device) -> CalibrationSet:
         """The batches on a device."""

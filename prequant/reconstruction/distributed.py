@@ -21,6 +21,7 @@ from .learner import Learner, ModuleFigures
 from .modules import Module, Values
 from .parallel import Schedule, Worker
 from .ranks import PULSE, Chain
+from .targets import Targets
 
 PREPARED, DONE = "prepared", "done"
 
@@ -37,11 +38,10 @@ def reconstruct_as_rank(
     taken = [item for item in module.teacher.signature.inputs if item.name in module.taken]
     with PeakMemory() as memory:
         here.listen([item.name for item in taken], [item.dtype for item in taken])
-        targets = []
+        targets = Targets(module, calibration, rank == here.size - 1)
         for number in range(len(calibration)):
             batch, values = here.received() if rank else (number, {})
-            targets.append(module.targets({**calibration[batch], **values}))
-            here.send(batch, targets[-1].handed_on)
+            here.send(batch, targets.add(batch, values))
         worker = Worker(learner, calibration, targets, schedule, seed)
         for _ in range(schedule.queue):
             batch, values = here.received() if rank else (worker.next_batch(), _NOTHING)

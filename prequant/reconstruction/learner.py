@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from prequant.passes import weights
 from prequant.passes.latent_scales import following
 from prequant.training import Checkpoints, TrainingError, TrainingSettings, parameter_groups
 from prequant.training.checkpoints import State, identity, read_state, restore, tensors_of, write_state
@@ -64,7 +65,8 @@ class Learner:
         }
         self._optimizer = torch.optim.AdamW(parameter_groups(module.student, settings), fused=True)
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
-        self._renew = following(module.student).renew if scales_follow else None
+        latent = any("latent" in view.tensors for view in weights(module.student))  # none where it is the head alone
+        self._renew = following(module.student).renew if scales_follow and latent else None
         self._checkpoints = checkpoints
         self._window = max(1, min(WINDOW, steps // 10))
         self._first_sum, self._last = 0.0, 0.0

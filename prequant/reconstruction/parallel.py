@@ -20,7 +20,8 @@ from prequant.measure import PeakMemory
 
 from .calibration import CalibrationSet
 from .learner import Learner, ModuleFigures
-from .modules import Module, ReconstructionError, Results, Values
+from .modules import Module, ReconstructionError, Values
+from .targets import Targets
 
 ORDERS = 1 << 20
 """What seeds of queues are apart from seeds of orders."""
@@ -51,7 +52,7 @@ class Worker:
     """One module in the chain: its learner, its queue, and what its teacher gives for every batch."""
 
     def __init__(
-        self, learner: Learner, calibration: CalibrationSet, targets: Sequence[Results], schedule: Schedule, seed: int
+        self, learner: Learner, calibration: CalibrationSet, targets: Targets, schedule: Schedule, seed: int
     ) -> None:
         self.learner, self.module = learner, learner.module
         self._calibration, self._targets, self._schedule = calibration, targets, schedule
@@ -109,8 +110,8 @@ def reconstruct_interleaved(
         workers: list[Worker] = []
         given: list[Values] = [{} for _ in calibration]
         for module in modules:
-            targets = [module.targets({**batch, **values}) for batch, values in zip(calibration, given, strict=True)]
-            given = [target.handed_on for target in targets]
+            targets = Targets(module, calibration, module is modules[-1])
+            given = [targets.add(batch, values) for batch, values in enumerate(given)]
             workers.append(Worker(learner_of(module), calibration, targets, schedule, seed))
         for _ in range(schedule.queue if len(workers) > 1 else 0):
             batch = workers[0].next_batch()

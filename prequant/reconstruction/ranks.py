@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -193,7 +193,7 @@ class Chain:
 
     def _receive(self, names: Sequence[str], dtypes: Sequence[torch.dtype]) -> None:
         try:
-            with self._connection(self.rank - 1):
+            with self._connection(self.rank - 1), self._own_stream():
                 while not self._stop.is_set():
                     header = torch.empty(1 + len(names) * _AXES, dtype=torch.int64, device=self.device)
                     dist.recv(header, self.rank - 1)
@@ -204,6 +204,7 @@ class Chain:
                     for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
                         values[name] = torch.empty(shape, dtype=dtype, device=self.device)
                         dist.recv(values[name], self.rank - 1)
+                    self._arrived(values)
                     if not self._deaf.is_set():
                         self._inbox.put((batch, values))
         except ReconstructionError:
@@ -211,6 +212,18 @@ class Chain:
         except ValueError:  # the group is gone
             if not self._stop.is_set():
                 raise
+
+    def _own_stream(self) -> AbstractContextManager[Any]:
+        """On a GPU, a stream in which this thread waits for messages, so that the one that trains does not."""
+        on_gpu = self.device.type == "cuda"
+        return torch.cuda.stream(torch.cuda.Stream(self.device)) if on_gpu else nullcontext()
+
+    def _arrived(self, values: Values) -> None:
+        """Wait, on a GPU, until values are there, and say that the stream that trains reads them."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+            for value in values.values():
+                value.record_stream(torch.cuda.default_stream(self.device))
 
     @contextmanager
     def _connection(self, peer: int) -> Iterator[None]:

@@ -13,6 +13,7 @@ from prequant.measure import PeakMemory
 from .calibration import CalibrationSet
 from .learner import Learner, ModuleFigures
 from .modules import Module, Values
+from .targets import Targets
 
 
 def reconstruct_in_turn(
@@ -35,7 +36,8 @@ def reconstruct_in_turn(
     for module in modules:
         learner = learner_of(module)
         with PeakMemory() as memory:
-            targets = [module.targets({**batch, **values}) for batch, values in zip(calibration, given, strict=True)]
+            targets = Targets(module, calibration, module is modules[-1])
+            given = [targets.add(batch, values) for batch, values in enumerate(given)]
             order = islice(calibration.order(seed + module.number), learner.done, learner.steps)
             title = f"module {module.number + 1} of {len(modules)}"
             bar = tqdm(order, title, learner.steps, initial=learner.done, unit="step", disable=not progress)
@@ -44,7 +46,6 @@ def reconstruct_in_turn(
                 if not learner.done % 10:
                     bar.set_postfix(loss=f"{loss:.3g}", refresh=False)
             if module is not modules[-1]:
-                given = [target.handed_on for target in targets]
                 quantized = _outputs(module, calibration, quantized)
         learner.peak_memory = max(learner.peak_memory, module.bytes + memory.growth)
         figures.append(learner.figures())

@@ -69,12 +69,7 @@ def read_splits(
         return {split: read_file(file) for split, file in _listed(text).items()}
     if Path(path).is_dir():
         return {split: read_file(_split_file(Path(path), stems)) for split, stems in names.items()}
-    if (
-        not isinstance(path, Path)
-        and not Path(path).exists()
-        and HUB_NAME.fullmatch(text)
-        and not reader_of(Path(path))
-    ):
+    if _is_hub_name(path) and not Path(path).exists():
         return _from_hub(task, (text,), names, sample)
     return _split_by_column(read_file(Path(path)), Path(path), names)
 

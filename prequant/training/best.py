@@ -28,7 +28,7 @@ class Best(TrainerCallback):
         # Loaders draw from the generator that dropout draws from.
         with torch.random.fork_rng(), torch.no_grad():
             score = self._evaluate()
-        if math.isnan(score):  # the correlation of a constant, as at first of STS-B
+        if math.isnan(score):  # of a model whose results are no numbers
             score = -math.inf
         if score > self.score or not self.kept:
             self.score, self.step = score, state.global_step

@@ -30,6 +30,7 @@ class Course(TrainerCallback):
         self._file: tuple[Checkpoints, Mapping[str, Any]] | None = None
         self._now: Callable[[], tuple[float, float, int]] = lambda: (0.0, 0.0, 0)
         self._before = (0.0, 0.0, 0)
+        self._state: State | None = None
         self.steps, self.done = steps, 0
 
     def keep(self, checkpoints: Checkpoints, known_by: Mapping[str, Any], progress: bool) -> None:
@@ -72,7 +73,9 @@ class Course(TrainerCallback):
         )
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+        assert self._state is not None
         restore(self._trained, self._optimizer, self._state.tensors)  # the generators, which the trainer seeded anew
+        self._state = None  # as large as the training
 
     def on_step_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """Write a checkpoint, if it is time to."""

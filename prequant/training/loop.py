@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -53,10 +54,16 @@ def finetune(
     same. The same seed on the same machine with one thread gives the same weights, bit for bit; also where the training
     was ended in between, and went on from one of its ``checkpoints``. The model is left in eval mode, its configuration
     as it was. Raises :class:`TrainingError` if nothing is trainable, states are to be scored and nothing does, the loss
-    was not finite, or the checkpoint is of another training; :class:`CheckpointError` for one that can't be read.
+    was not finite, the checkpoint is of another training, or a launcher started several processes;
+    :class:`CheckpointError` for a checkpoint that can't be read.
     """
     if settings.eval_steps and evaluate is None:
         raise TrainingError(f"eval_steps={settings.eval_steps}: there is nothing to score this training by; leave it 0")
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise TrainingError(
+            f"{processes} processes were started (WORLD_SIZE), and this training works in one: start it without "
+            "torchrun, which is for mrem with --parallel"
+        )
     _load_lazily_loaded()
     set_seed(settings.seed)
     optimizer = torch.optim.AdamW(parameter_groups(model, settings, head), fused=True)
@@ -68,6 +75,8 @@ def finetune(
     course = Course(model, optimizer, best, steps)
     if checkpoints is not None:
         course.keep(checkpoints, identity(model, hash_of(train), settings, checkpoints.about), progress)
+        if course.done and after_step is not None:
+            after_step()  # what it makes of the weights is in no checkpoint, and the next step reads it
     if course.done < steps:
         order = Batches(lengths, settings, course.done)
         _train(model, train, collate, settings, optimizer, order, progress, after_step, best, course)
@@ -117,6 +126,7 @@ def _train(
             data_collator=collator_for(settings.precision, collate),
             optimizers=(optimizer, None),
         )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # the Trainer would split batches over all GPUs
         # Both print the closing figures as a dictionary; callers have a report.
         trainer.remove_callback(PrinterCallback)
         if trainer.pop_callback(ProgressCallback) is not None:

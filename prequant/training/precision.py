@@ -26,7 +26,7 @@ LENGTHS = 16
 
 
 class EvenLengths:
-    """Pads batches to multiples of :data:`LENGTHS`, where the tokenizer's limit allows it; masks leave the padding out.
+    """Pads batches to multiples of :data:`LENGTHS`, where the tokenizer's limit allows it.
 
     oneDNN makes kernels in bfloat16 for every shape, and keeps them: some MB for each length that a training meets.
     """

@@ -21,7 +21,7 @@ class Unfinished:
     def __init__(self, out: Path, save_steps: int, about: Mapping[str, Any]) -> None:
         if save_steps < 0:
             raise TrainingError(f"save_steps={save_steps}: expected 1 or more, or 0 to keep nothing")
-        self.folder, self.save_steps, self.about = out.with_name(f"{out.name}.unfinished"), save_steps, dict(about)
+        self.folder, self.save_steps, self.about = out.parent / f"{out.name}.unfinished", save_steps, dict(about)
         if not save_steps and self.folder.exists():
             raise TrainingError(
                 f"{self.folder} has the checkpoints of a job that did not finish: go on from them with save_steps "

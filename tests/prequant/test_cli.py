@@ -335,6 +335,10 @@ BAD: list[tuple[list[str], str]] = [
     ([*JOB, "--out", "{encoder}"], "encoder is the model that is read: it would be lost"),
     (["opt", "{encoder}", "--pipeline", "lower", "--out", "{encoder}"], "is the model that is read: it would be lost"),
     (["finetune", "{encoder}", *JOB[2:], "--out", "{wrong}"], "is a file; a folder to save into belongs there"),
+    (
+        ["finetune", "{encoder}", *JOB[2:], "--precision", "float16"],
+        "precision=float16: expected float32 or bfloat16",
+    ),
     (["eval", "no/such/folder", "--task", "sst2"], "the model folder 'no/such/folder' does not exist"),
     (["eval", "{encoder}", "--task", "sst2"], "has no head for sst2"),
     (["generate", "no/such/folder", "--prompt", "a"], "the model folder 'no/such/folder' does not exist"),

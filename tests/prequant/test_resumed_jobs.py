@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,11 @@ def test_a_job_that_was_killed_goes_on_to_the_same_folder(teacher: Path, tmp_pat
     words = command(*job, *budget, "--save-steps", 1, "--out", out)
     running = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, cwd=tmp_path)
     second, started = tmp_path / "out.unfinished" / "stage-1.safetensors", time.monotonic()
-    while not second.exists() and running.poll() is None and time.monotonic() - started < 240:
-        time.sleep(0.01)
+    steps = set[int]()  # in the first its rate is 0
+    while len(steps) < 6 and running.poll() is None and time.monotonic() - started < 240:
+        with suppress(FileNotFoundError):
+            steps.add(second.stat().st_mtime_ns)
+        time.sleep(0.005)
     running.send_signal(signal.SIGKILL)
     running.communicate()
     assert running.returncode == -signal.SIGKILL and second.exists() and not out.exists()

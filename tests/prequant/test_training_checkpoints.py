@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prequant.checkpoint import CheckpointError
+from prequant.passes import Pipeline, Program, QuantizeWeights, Train, weights
+from prequant.passes.latent_scales import following
 from prequant.recipes import PreQuant
 from prequant.sources import head_parameters
 from prequant.training import Checkpoints, TrainingError, TrainingResult, TrainingSettings, finetune
@@ -40,6 +42,8 @@ def model_of(kind: str) -> nn.Module:
     if kind == "eager":
         return model
     original = make_program()
+    if kind == "latent":
+        return Pipeline([QuantizeWeights(bits=2, ternary=True, latent=True), Train(latents=True)])(original)
     return PreQuant().prepare(original, head_parameters(model))(original)
 
 
@@ -58,7 +62,16 @@ def run(
     # Deterministic of the state, and best in the middle.
     score: Callable[[], float] = lambda: -sum(float(p.detach().double().abs().sum()) for p in model.parameters())  # noqa: E731
     checkpoints = None if at is None else Checkpoints(at, every, about)
-    return finetune(model, encoded(), watched, settings, progress=False, evaluate=score, checkpoints=checkpoints)
+    after = renewal_of(model)
+    return finetune(
+        model, encoded(), watched, settings, progress=False, after_step=after, evaluate=score, checkpoints=checkpoints
+    )
+
+
+def renewal_of(model: nn.Module) -> Callable[[], None] | None:
+    """Scales that follow latent weights are in no checkpoint."""
+    latent = isinstance(model, Program) and any("latent" in view.tensors for view in weights(model))
+    return following(cast(Program, model)).renew if latent else None
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -77,7 +90,7 @@ def broken(tmp_path: Path, kind: str = "eager", kill: int = 6, settings: Trainin
     return path
 
 
-@pytest.mark.parametrize("kind", ["eager", "program"])
+@pytest.mark.parametrize("kind", ["eager", "program", "latent"])
 @pytest.mark.parametrize("kill", [4, 5, 7], ids="killed at {}".format)
 @pytest.mark.parametrize("eval_steps", [0, 2], ids=["last", "best"])
 def test_a_training_that_goes_on_ends_as_one_that_was_never_killed(
@@ -94,6 +107,25 @@ def test_a_training_that_goes_on_ends_as_one_that_was_never_killed(
     assert (result.steps, result.best_step) == (expected.steps, expected.best_step)
     assert result.loss == pytest.approx(expected.loss, rel=1e-6)
     assert not model.training and not list(path.parent.glob(".*")), "nothing half-written is left"
+
+
+def test_the_best_state_has_the_scales_of_its_own_weights() -> None:
+    model, scores = model_of("latent"), iter([0.0, 2.0, 1.0, 1.5])
+    renew = renewal_of(model)
+    assert renew is not None
+    done = finetune(
+        model, encoded(), collator(), QUICK, progress=False, after_step=renew, evaluate=lambda: next(scores)
+    )
+    assert done.best_step == 4
+    before = state(model)
+    renew()
+    assert same(state(model), before)
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match=r"2 processes were started \(WORLD_SIZE\), and this training works in one"):
+        run(model_of("eager"), None)
 
 
 def test_it_can_be_killed_again_and_again(tmp_path: Path) -> None:

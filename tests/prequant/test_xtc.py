@@ -138,7 +138,7 @@ def test_the_whole_job(teacher: Path, tmp_path: Path, options: dict[str, Any]) -
         torch.testing.assert_close(theirs(**inputs).logits, program(**inputs).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_the_best_state_is_saved_with_its_scales(teacher: Path, tmp_path: Path) -> None:
+def test_the_best_state_on_the_way_is_saved(teacher: Path, tmp_path: Path) -> None:
     recipe = XTC(bits=1, training=replace(BUDGET, max_steps=6, eval_steps=2))
     data = write_data(tmp_path / "data.tsv")
     report = compress(teacher, recipe, SST2, data, tmp_path / "out", max_length=LENGTH, progress=False)

@@ -22,7 +22,8 @@ LAYERS = 4
 
 
 def recipe(**options: Any) -> MREM:
-    return MREM(**{"modules": 2, "attention": True, "training": BUDGET, **options})
+    attention = options.get("activation_bits") != 0
+    return MREM(**{"modules": 2, "attention": attention, "training": BUDGET, **options})
 
 
 @cache

@@ -20,10 +20,11 @@ from prequant.reconstruction import (
     Schedule,
     reconstruct_in_turn,
     reconstruct_interleaved,
+    split,
 )
 from prequant.training import Checkpoints, TrainingError, parameter_groups
 
-from .chains import BUDGET, STEPS, learner, modules_of, recipe, same, state, texts
+from .chains import BUDGET, STEPS, learner, modules_of, original, recipe, same, state, texts
 
 Run = Callable[..., Any]
 
@@ -167,6 +168,43 @@ def test_scales_of_ternary_weights_follow_them() -> None:
             magnitudes = latent.detach().abs()
             above = magnitudes[magnitudes > 0.7 * magnitudes.mean()]
             torch.testing.assert_close(scale.reshape(()), above.mean(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("run", [in_turn, interleaved])
+def test_a_head_in_float_may_be_a_module_of_its_own(run: Run) -> None:
+    """With ternary weights, of which it has none."""
+    method = recipe(bits=2, embedding_bits=2, attention=False, modules=3)
+    program, head = original(2, problem_type="single_label_classification")
+    student = method.prepare(program, (*head, *_pooler(program)), texts().batches[:2], progress=False)
+    modules, _ = split(program, student, boundaries=[1, 2])
+    assert not any("latent" in view.tensors for view in weights(modules[2].student))
+    before = state(modules[2])
+    figures = run(method, modules)
+    assert [module.steps for module in figures] == [STEPS] * 3 and not same(state(modules[2]), before)
+
+
+def _pooler(program: Any) -> list[str]:
+    return [name for name, _ in program.named_parameters() if ".pooler." in name]
+
+
+@pytest.mark.parametrize("run", [in_turn, interleaved])
+def test_logits_larger_than_what_they_are_computed_of_are_not_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last module's teacher runs for each step then, and gives the same."""
+    method = recipe()
+    expected, found = modules_of(method)[0], modules_of(method)[0]
+    run(method, expected)
+    calls = [0, 0]
+    targets = Module.targets
+
+    def counted(module: Module, inputs: Any) -> Any:
+        calls[module.number] += 1
+        return targets(module, inputs)
+
+    monkeypatch.setattr("prequant.reconstruction.targets.LARGE", 0)
+    monkeypatch.setattr(Module, "targets", counted)
+    run(method, found)
+    assert calls == [len(texts()), len(texts()) + STEPS]
+    assert all(same(state(ours), state(theirs)) for ours, theirs in zip(found, expected, strict=True))
 
 
 def test_one_module_is_the_same_either_way() -> None:

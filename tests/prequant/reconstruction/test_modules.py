@@ -158,6 +158,14 @@ def test_batches_hold_every_text_once_those_of_a_length_together() -> None:
     assert few.rows == 5 and few.digest != CalibrationSet.of(encoded(count=20), make_tokenizer(), 5, 6, seed=4).digest
 
 
+def test_observed_batches_are_of_all_lengths() -> None:
+    found = CalibrationSet.of(encoded(count=20), make_tokenizer(), 100, 1, seed=3)
+    lengths = [batch["input_ids"].shape[1] for batch in found.spread(4)]
+    assert lengths == [found[number]["input_ids"].shape[1] for number in (2, 7, 12, 17)]
+    assert lengths[0] < lengths[-1]
+    assert found.spread(100).digest == found.digest and len(found.spread(1)) == 1
+
+
 def test_every_round_has_every_batch() -> None:
     found, order = texts(), texts().order(seed=1)
     rounds = [[next(order) for _ in found] for _ in range(3)]
@@ -181,6 +189,12 @@ def test_texts_of_a_file_are_read_as_the_tokenizer_reads_them(tmp_path: Path, na
 
 def test_pairs_are_read_as_pairs(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text('{"sentence1": "a good film", "sentence2": "a bad film"}\n')
+    rows = encode_texts(tmp_path / "pairs.jsonl", make_tokenizer(), LENGTH, progress=False)
+    assert rows["input_ids"][0] == make_tokenizer()("a good film", "a bad film")["input_ids"]
+
+
+def test_questions_are_read_with_their_contexts(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"question": "a good film", "context": "a bad film"}\n')
     rows = encode_texts(tmp_path / "pairs.jsonl", make_tokenizer(), LENGTH, progress=False)
     assert rows["input_ids"][0] == make_tokenizer()("a good film", "a bad film")["input_ids"]
 

@@ -188,6 +188,7 @@ def test_its_budget_is_its_own_unless_it_is_told(model: Path, tmp_path: Path) ->
         ({"granularity": "group"}, "granularity='group': expected 'tensor' or 'row'; mrem has no groups"),
         ({"forcing": 1.5}, "forcing=1.5: expected a share of the steps"),
         ({"training": TrainingSettings(eval_steps=3)}, "mrem looks at no labels"),
+        ({"attention": True, "activation_bits": 0}, "activation_bits=0 leaves all in float"),
     ],
     ids=str,
 )
@@ -218,7 +219,11 @@ def test_what_can_not_be_reconstructed_is_refused(model: Path, tmp_path: Path, m
     for words, message in (
         (
             ["--recipe", "mrem", "--calibration", "x.txt", "--adapter", "y"],
-            "mrem compares with the model as it is given",
+            "mrem does not take --adapter: it compares with the model as it is given",
+        ),
+        (
+            ["--recipe", "mrem", "--dropout", "--head-learning-rate", "0.1", "--baseline-learning-rate", "0.1"],
+            "mrem does not take --baseline-learning-rate, --dropout, --head-learning-rate: it",
         ),
         (["--recipe", "mrem", "--keep", "1,2", "--calibration", "x.txt"], "recipe 'mrem' has no option 'keep'"),
         (["--recipe", "xtc", "--keep", "", "--task", "sst2"], "--keep '' names no layer: write numbers from 0"),
