@@ -9,7 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, fx
@@ -17,6 +17,8 @@ from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from prequant.runtime import PrequantError
+
+from .aliasing import COPIES_WHERE_NEEDED, is_view
 
 if TYPE_CHECKING:
     from .program import Program
@@ -50,10 +52,37 @@ def _program(key: str) -> Program:
 
 
 def _call(key: str, inputs: Sequence[Tensor]) -> list[Tensor]:
-    # Compilers were told that results are new, and contiguous.
-    given = set(map(id, inputs))
-    results = [result.contiguous() for result in _program(key).flat_results(tuple(inputs))]
-    return [result.clone() if id(result) in given else result for result in results]
+    # Compilers were told that results are new, and contiguous: they write into what nothing else reads any more.
+    program = _program(key)
+    held = {_storage(tensor) for tensor in (*inputs, *(program.tensor(name) for name in _handed_out(program)))}
+    results = []
+    for result in program.flat_results(tuple(inputs)):
+        own = result.clone(memory_format=torch.contiguous_format) if _storage(result) in held else result.contiguous()
+        held.add(_storage(own))
+        results.append(own)
+    return results
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _handed_out(program: Program) -> tuple[str, ...]:
+    """Names of the tensors of a Program that its results may share memory with."""
+    graph = program.graph
+    if (known := _HANDED_OUT.get(graph)) is None:
+        found, waiting = set[str](), list(graph.output_node().all_input_nodes)
+        while waiting:
+            node = waiting.pop()
+            if node.op == "get_attr":
+                found.add(str(node.target))
+            elif is_view(node) or node.target in COPIES_WHERE_NEEDED:
+                waiting += node.all_input_nodes
+        known = _HANDED_OUT[graph] = tuple(sorted(found))
+    return known
+
+
+_HANDED_OUT: WeakKeyDictionary[fx.Graph, tuple[str, ...]] = WeakKeyDictionary()
 
 
 def _fake_call(key: str, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 Another package adds one through the entry-point group ``prequant.passes``, in its ``pyproject.toml``::
 
     [project.entry-points."prequant.passes"]
-    drop-layers = "their_package.passes:DropLayers"
+    prune-heads = "their_package.passes:PruneHeads"
 """
 
 from __future__ import annotations

@@ -83,10 +83,12 @@ def _over(source: Program, program: Program, new: Container[str]) -> Program:
     """``program`` with every tensor that it reads taken from ``source``; constants of its own stay, and what is new."""
     tensors: dict[str, Tensor] = {}
     held, own_names = {name for name in _names(source) if name not in new}, _names(program)
+    counted = set(program.info.constants)  # their names are numbers, which another trace gives to other values
     for node in program.graph.find_nodes(op="get_attr"):
         name = str(node.target)
         own = program.tensor(name) if name in own_names else None
-        value = source.tensor(name) if name in held else own
+        keeps = own is not None and name in counted and not own.is_meta
+        value = source.tensor(name) if name in held and not keeps else own
         if value is None or value.is_meta:
             raise PassError(f"the Program does not have the tensor {name!r}, which its model reads here", node=node)
         if own is not None and (own.shape != value.shape or own.dtype != value.dtype):

@@ -2,7 +2,6 @@
 
 ::
 
-    from transformers.exporters import DynamoConfig, DynamoExporter, ExportedModel
     from prequant.transformers_exporter import PrequantConfig, PrequantExporter, PrequantQuantizer
 
     PrequantExporter().export(model, inputs, PrequantConfig(dynamic=True, quantizer=PrequantQuantizer()))

@@ -25,13 +25,16 @@ Calls of ``packed_linears`` that no backend takes are ``packed_linear``'s, and e
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 from torch import Tensor
 
+from . import checks
 from .errors import PrequantError
 from .formats import WeightFormat
 
@@ -138,7 +141,22 @@ def choose(op: str, format: WeightFormat | None, *arguments: Any) -> Backend | N
 
 
 def call(op: str, reference: Callable[..., Result], format: WeightFormat | None, *arguments: Any) -> Result:
-    """Run the first backend that accepts the call, or else ``reference``."""
+    """Run the first backend that accepts the call, or else ``reference``.
+
+    Raises :class:`FormatError` where a backend of the CPU would be given tensors that are elsewhere: its kernels follow
+    bare pointers.
+    """
     backend = choose(op, format, *arguments)
-    kernel: Callable[..., Result] = reference if backend is None else backend.kernel
+    if backend is None:
+        return reference(format, *arguments)
+    if backend.device == "cpu":
+        names = _names_of(reference)
+        checks.one_device(op, dict(zip(names, arguments, strict=True)))
+    kernel: Callable[..., Result] = backend.kernel
     return kernel(format, *arguments)
+
+
+@cache
+def _names_of(reference: Callable[..., Any]) -> tuple[str, ...]:
+    """What the arguments behind the format are called."""
+    return tuple(inspect.signature(reference).parameters)[1:]

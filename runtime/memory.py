@@ -38,7 +38,7 @@ def aligned_bytes(count: int) -> Tensor:
     the system has them.
     """
     if count < LARGE_PAGE or sys.platform != "linux":
-        memory, alignment = torch.empty(count + ALIGNMENT, dtype=torch.uint8), ALIGNMENT
+        memory, alignment = torch.empty(count + ALIGNMENT, dtype=torch.uint8, device="cpu"), ALIGNMENT
     else:
         private = mmap.mmap(-1, count + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # a system without large pages
@@ -62,7 +62,7 @@ class Pool:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._piece = torch.empty(0, dtype=torch.uint8)
+        self._piece = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._used = 0
 
     def take(self, count: int) -> Tensor:

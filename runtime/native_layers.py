@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from . import native_linear, native_rows
+from .errors import FormatError
 from .formats import _parse
 from .native_weight import NeutralWeight
 from .plan import MOST_LINEARS, Linears
 from .reference import Outliers
+
+_INPUT = torch.empty(0, dtype=torch.float32, device="cpu")
+"""What the inputs of a plan's layers are like."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ def takes_linear(
     """Whether there is a kernel for :func:`linear` with these arguments."""
     parsed, parsed_input = _parse(format), _parse(input_format) if input_format else None
     operands = (scale, None, None, None, input_scale, input_zero_point, columns, parsed_input)
-    return native_linear.accepts(parsed, torch.empty(0), codes, *operands)
+    return native_linear.accepts(parsed, _INPUT, codes, *operands)
 
 
 def takes_embedding(*, format: str, scale: Tensor, **_: object) -> bool:
@@ -68,7 +72,7 @@ def linear(
     outliers = _outliers(outlier_values, outlier_columns, outlier_row_offsets, outliers_replace)
     parsed, parsed_input = _parse(format), _parse(input_format) if input_format else None
     operands = (scale, zero_point, outliers, bias, input_scale, input_zero_point, columns, parsed_input)
-    layer = native_linear.layer_of(parsed, torch.empty(0), codes, *operands, activation)
+    layer = native_linear.layer_of(parsed, _INPUT, codes, *operands, activation)
     return Layer(layer.address, (layer,))
 
 
@@ -91,11 +95,23 @@ def embedding(
     outlier_row_offsets: Tensor | None = None,
     outliers_replace: bool,
 ) -> Layer:
-    """A ``prequant_weight`` of a ``packed_embedding``."""
+    """A ``prequant_weight`` of a ``packed_embedding``. Raises :class:`FormatError` for outliers outside of it."""
     parsed = _parse(format)
     outliers = _outliers(outlier_values, outlier_columns, outlier_row_offsets, outliers_replace)
+    if outliers is not None:
+        _check_places(outliers, columns)
     weight = NeutralWeight(parsed, codes, scale, zero_point, columns, outliers)
     return Layer(weight.address, (weight, codes))
+
+
+def _check_places(outliers: Outliers, columns: int) -> None:
+    """Raise :class:`FormatError` for outliers outside of their matrix: steps write where these say. Of linears the
+    library sees to that.
+    """
+    places, offsets = outliers.columns.to(torch.int32), outliers.row_offsets
+    counted = offsets[0] == 0 and offsets[-1] == len(places) and bool((offsets.diff() >= 0).all())
+    if not counted or (len(places) and not 0 <= int(places.min()) <= int(places.max()) < columns):
+        raise FormatError(f"the outliers of an embedding are not all within its rows of {columns} columns")
 
 
 def _outliers(

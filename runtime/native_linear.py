@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from .formats import Granularity, Scheme, WeightFormat
 from .native_weight import NeutralWeight, address_of, float_copy
 from .native_workspace import run
 from .reference import Outliers, positive_scale
+from .versions import version_of
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Inputs and outputs that the kernels take, and what the library calls them."""
@@ -115,6 +117,7 @@ class PackedCodes:
         self.memory, self.made_from = memory, made_from
         self._kept = _memory(codes)
         self.weights: dict[tuple[int, ...], PackedWeight] = {}
+        self._watching: dict[tuple[int, ...], list[weakref.finalize[Any, Any]]] = {}
         """By the identities of the tensors that a weight was made of beside the codes."""
 
     def weight(self, neutral: Callable[[], NeutralWeight], replaces: bool, *tensors: Tensor | None) -> PackedWeight:
@@ -133,14 +136,21 @@ class PackedCodes:
     def _forget_with(self, tensors: Sequence[Tensor | None], key: tuple[int, ...]) -> None:
         """Drop a weight when one of its tensors is gone, as those of a task are that is unloaded."""
         weights = weakref.ref(self)
-        for tensor in tensors:
-            if tensor is not None:
-                weakref.finalize(tensor, _forget, weights, key).atexit = False
+        watching = [weakref.finalize(tensor, _forget, weights, key) for tensor in tensors if tensor is not None]
+        for each in watching:
+            each.atexit = False
+        self._watching[key] = watching
+
+    def forget(self, key: tuple[int, ...]) -> None:
+        """Drop the weight, and stop to watch those of its tensors that live on."""
+        self.weights.pop(key, None)
+        for each in self._watching.pop(key, ()):
+            each.detach()
 
 
 def _forget(packed: weakref.ref[PackedCodes], key: tuple[int, ...]) -> None:
     if (codes := packed()) is not None:
-        codes.weights.pop(key, None)
+        codes.forget(key)
 
 
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -239,7 +249,7 @@ def _state(tensor: Tensor | None) -> tuple[int, int] | None:
     """What changes when a tensor does: where it is, and how often it was written to."""
     if tensor is None:
         return None
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version_of(tensor)
 
 
 def _memory(tensor: Tensor | None) -> Tensor | None:

@@ -97,7 +97,7 @@ def _rows(
 ) -> Tensor:
     weight = NeutralWeight(format, codes, scale, zero_point, columns)
     count = codes.shape[-2] if rows is None else rows.shape[0]
-    out = torch.empty(count, columns)
+    out = torch.empty(count, columns, dtype=torch.float32, device="cpu")
     status = native.load().prequant_dequantize(
         *(weight.address, None if rows is None else rows.data_ptr(), count, out.data_ptr()),
         *(torch.get_num_threads(), native.chosen_isa().encode()),

@@ -191,6 +191,10 @@ ROUNDED = 64
 MOST_SIZES = 64
 """Sets of sizes that a workspace remembers."""
 
+MOST_FIXED = 1 << 20
+"""Bytes of a call's results that it keeps where sizes alone decide them: a mask of 4,000 by 4,000 positions is made
+anew."""
+
 
 class _Workspace:
     """What a call needs for itself: the memory of own buffers, addresses, and steps with their numbers filled in."""
@@ -220,10 +224,15 @@ class _Workspace:
         if self.scratch.numel() < sized.scratch_bytes:
             self.scratch = memory.aligned_bytes(sized.scratch_bytes)
         self.addresses[self.own] = self.arena.data_ptr() + sized.offsets
-        for buffer, input in zip(plan.inputs, inputs, strict=True):
+        for position, (buffer, input) in enumerate(zip(plan.inputs, inputs, strict=True)):
+            if input.nbytes != sized.numbers[plan.buffers[buffer].bytes]:  # steps read that many
+                raise PrequantError(
+                    f"input {position} has the shape {list(input.shape)}, which does not go with the sizes of the "
+                    "others"
+                )
             self._hold(buffer, input if input.is_contiguous() else input.contiguous())
         for buffer, place in sized.new.items():
-            self._hold(buffer, torch.empty(place.sizes, dtype=place.dtype))
+            self._hold(buffer, torch.empty(place.sizes, dtype=place.dtype, device="cpu"))
         for buffer, tensor in sized.fixed.items():
             self._hold(buffer, tensor)
         for item in plan.order:
@@ -310,6 +319,7 @@ class _Workspace:
             *map(self._value, args), **{name: self._value(argument) for name, argument in kwargs.items()}
         )
         results = result if isinstance(result, (tuple, list)) else (result,)
+        keeps = call.fixed and sum(value.nbytes for value in results if isinstance(value, Tensor)) <= MOST_FIXED
         for buffer, value in zip(call.results, results, strict=True):
             if buffer != ABSENT:
                 expected = self.plan.buffers[buffer]
@@ -320,7 +330,7 @@ class _Workspace:
                         f"{bytes_} bytes of {expected.dtype}"
                     )
                 self._hold(buffer, self._lasting(value))
-                if call.fixed:
+                if keeps:
                     sized.fixed[buffer] = self.tensors[buffer]
 
     def _lasting(self, value: Tensor) -> Tensor:

@@ -26,18 +26,18 @@ class LayerRequest:
     tensors: dict[str, str]
     options: dict[str, Any]
 
-    def __call__(self, program: Program) -> Layer:
-        """The layer, of the tensors that the program has now."""
-        layer: Layer = self.ask(self.make, program)
+    def __call__(self, tensor: Callable[[str], Tensor]) -> Layer:
+        """The layer; ``tensor`` gives those of the program by name."""
+        layer: Layer = self.ask(self.make, tensor)
         return layer
 
-    def read(self, program: Program) -> list[Tensor]:
+    def read(self, tensor: Callable[[str], Tensor]) -> list[Tensor]:
         """The tensors that the layer is made of."""
-        return [program.tensor(target) for target in self.tensors.values()]
+        return [tensor(target) for target in self.tensors.values()]
 
-    def ask(self, function: Callable[..., Any], program: Program) -> Any:
+    def ask(self, function: Callable[..., Any], tensor: Callable[[str], Tensor]) -> Any:
         """The result of another function of these arguments."""
-        return function(**{name: program.tensor(target) for name, target in self.tensors.items()}, **self.options)
+        return function(**{name: tensor(target) for name, target in self.tensors.items()}, **self.options)
 
 
 @dataclass

@@ -50,7 +50,7 @@ def compile_plan(program: Program) -> runtime_plan.Plan:
 
     Raises :class:`NoPlan` for a graph that writes into its tensors, and for sizes that hang on data.
     """
-    return draft_plan(program).finish(program)
+    return draft_plan(program).finish(program.tensor)
 
 
 def draft_plan(program: Program) -> Draft:
@@ -240,19 +240,19 @@ class Draft:
     names: tuple[str, ...]
     holds: Callable[..., bool]
 
-    def finish(self, program: Program) -> runtime_plan.Plan:
-        """The plan with the weights that ``program`` has now, packed for the kernels."""
+    def finish(self, tensor: Callable[[str], Tensor]) -> runtime_plan.Plan:
+        """The plan with weights packed for the kernels; ``tensor`` gives those of :attr:`names`."""
         template = self.plan.template.copy()
         kept, files = [], MappedFiles()
         for row, requests in self.layers.items():
             made = []
             for request in requests:
-                made.append(request(program))
-                files.give_back(request.read(program))  # one by one, so that never all codes are there twice
+                made.append(request(tensor))
+                files.give_back(request.read(tensor))  # one by one, so that never all codes are there twice
             linears = template[row, 0] == runtime_plan.LINEAR
             kept.append(native_layers.together(made) if linears else made[0])
             template[row, runtime_plan.LAYER_WORD] = kept[-1].address
-        constants = {buffer: program.tensor(name).detach().contiguous() for buffer, name in self.constants.items()}
+        constants = {buffer: tensor(name).detach().contiguous() for buffer, name in self.constants.items()}
         return replace(self.plan, template=template, constants=constants, kept=tuple(kept))
 
 

@@ -90,7 +90,9 @@ class PlanRunner:
                     return self._renewed(program, inputs)
                 # The addresses of the tensors that it was made of are known for as long as these live.
                 self._kept = tensors
-                self._made = made = state, draft.finish(program)
+                # Not those of the program, which another thread may be giving another task's.
+                named = dict(zip(draft.names, tensors, strict=True))
+                self._made = made = state, draft.finish(named.__getitem__)
         return made[1]
 
     def _takes(self, draft: Draft, sizes: tuple[int, ...]) -> bool:

@@ -70,7 +70,7 @@ def _linears(
         tensors = builder.names(**{name: operands.get(name) for name in (*WEIGHT_TENSORS, *INPUT_TENSORS)})
         options = {name: operands.get(name, default) for name, default in LINEAR_OPTIONS.items()}
         layers.append(LayerRequest(native_layers.linear, tensors, options))
-    if not all(layer.ask(native_layers.takes_linear, builder.program) for layer in layers):
+    if not all(layer.ask(native_layers.takes_linear, builder.program.tensor) for layer in layers):
         return NO_KERNEL
     outs = [builder.buffer(torch.float32, sizes_of(value)) for value in values]
     input = builder.contiguous(input)
@@ -87,7 +87,7 @@ def _packed_embedding(builder: Builder, node: fx.Node, operands: dict[str, Any])
     tensors = builder.names(**{name: operands.get(name) for name in WEIGHT_TENSORS})
     options = {name: operands[name] for name in EMBEDDING_OPTIONS}
     layer = LayerRequest(native_layers.embedding, tensors, options)
-    if not layer.ask(native_layers.takes_embedding, builder.program):
+    if not layer.ask(native_layers.takes_embedding, builder.program.tensor):
         return NO_KERNEL
     rows = builder.program.tensor(tensors["codes"]).shape[-2]
     ids = builder.contiguous(ids)

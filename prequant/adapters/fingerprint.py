@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,7 +13,17 @@ from prequant.checkpoint.tensors import hash_tensors
 from prequant.passes import Program, weights
 from prequant.runtime.versions import version_of
 
-_KNOWN: WeakKeyDictionary[Program, tuple[Any, str]] = WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class _Known:
+    """``kept``: identities in the ``state`` are those of living tensors."""
+
+    state: tuple[Any, ...]
+    hash: str
+    kept: tuple[Tensor, ...]
+
+
+_KNOWN: WeakKeyDictionary[Program, _Known] = WeakKeyDictionary()
 
 
 def fingerprint(program: Program) -> str:
@@ -23,11 +34,11 @@ def fingerprint(program: Program) -> str:
     tensors stay as they are; those that lie in a file are read there, and given back.
     """
     tensors = {name: program.tensor(name) for name in _names(program)}
-    state = tuple((name, id(tensor), version_of(tensor)) for name, tensor in tensors.items())
+    state = tuple((name, id(t), t.dtype, t.data_ptr(), version_of(t)) for name, t in tensors.items())
     known = _KNOWN.get(program)
-    if known is None or known[0] != state:
-        known = _KNOWN[program] = (state, _hash(program, tensors))
-    return known[1]
+    if known is None or known.state != state:
+        known = _KNOWN[program] = _Known(state, _hash(program, tensors), tuple(tensors.values()))
+    return known.hash
 
 
 def _names(program: Program) -> list[str]:

@@ -29,6 +29,7 @@ class Adapters:
     def __init__(self, base: ModelProgram) -> None:
         twin: ModelProgram = object.__new__(type(base))
         object.__setattr__(twin, "__dict__", base.__dict__)
+        twin.recompile()  # compiled calls of the base find this one, which no adapter's takes the place of
         self.programs: dict[str | None, ModelProgram] = {None: twin}
         self.active: str | None = None
         self._together: dict[tuple[str | None, ...], Program] = {}

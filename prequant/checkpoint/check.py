@@ -18,6 +18,8 @@ from .weight_tensors import OUTLIER_PARTS, check_finite, check_outliers, check_w
 
 _DEQUANTIZE = (ops.dequantize, ops.dequantize_bcq)
 _PARTS = {"planes": "codes", "alphas": "scale"}
+_FOLLOWED = ("codes", "planes", OUTLIER_PARTS[1], OUTLIER_PARTS[2])
+"""Parts of a weight that are codes or positions."""
 _PACKED_OUTLIERS = ("outlier_values", "outlier_columns", "outlier_row_offsets")
 
 
@@ -35,6 +37,15 @@ def check_graph(graph: fx.Graph, tensors: Mapping[str, Tensor], where: Callable[
                 checker.check(node)
             except CheckpointError as error:
                 raise CheckpointError(f"{error} (read by the node {node.name} of {source})") from None
+    # What was looked at must not be written into by then.
+    for node in graph.find_nodes(op="get_attr"):
+        if id(tensors.get(str(node.target))) in checker.trusted:
+            for user in node.users:
+                if getattr(user.target, "namespace", "") != "prequant":
+                    raise CheckpointError(
+                        f"{where(str(node.target))} holds codes or positions, which prequant's operators alone may "
+                        f"read (it is read by the node {user.name} of {source})"
+                    )
 
 
 class _Checker:
@@ -42,6 +53,8 @@ class _Checker:
         self.tensors, self.where = tensors, where
         self.done: set[Any] = set()
         """What has been checked already: a tied weight stands in several nodes."""
+        self.trusted: set[int] = set()
+        """Identities of tensors whose values are codes or positions, which kernels follow."""
 
     def check(self, node: fx.Node) -> None:
         operands = operands_of(node)
@@ -74,6 +87,7 @@ class _Checker:
         if (key := (str(format), columns, *names.values())) in self.done:
             return
         codes = self.tensors[names[stored]]
+        self._trust(names)
         if codes.dim() < 2:
             raise CheckpointError(
                 f"{self.where(names[stored])} is of shape {list(codes.shape)}; codes have 2 or 3 dimensions"
@@ -105,7 +119,11 @@ class _Checker:
             raise CheckpointError(f"outliers of a weight of shape {list(shape)}; it has to be a matrix")
         names = {part: self._stored(part, operands[part.rpartition(".")[2]]) for part in OUTLIER_PARTS}
         parts = {part: self.tensors[name] for part, name in names.items()}
+        self._trust(names)
         check_outliers(shape[0], shape[1], parts, lambda part: self.where(names[part]))
+
+    def _trust(self, names: Mapping[str, str]) -> None:
+        self.trusted |= {id(self.tensors[names[part]]) for part in _FOLLOWED if part in names}
 
     def _fake_quantize(self, operands: Mapping[str, Any]) -> None:
         input, scale, zero_point = operands["input"], operands["scale"], operands["zero_point"]

@@ -1,9 +1,9 @@
-"""What a graph in a file may call: a closed list, by name.
+"""What a graph in a file may call, by name.
 
 A file comes from anywhere, and its graph runs. So a call in it names an operator of ATen or of prequant, or one of a
-few pure Python functions on sizes; a name outside the list is refused before anything is looked up. Operators that open
-files, resize or alias storage, or are internal to PyTorch (their inputs unchecked) are not on it. Operators of other
-packages are: once the person who loads the file has named their namespace.
+few pure Python functions on sizes; any other name is refused before anything is looked up. Of ATen's, those are refused
+that open files, resize or alias storage, are internal to PyTorch, or take positions that they do not check. Operators
+of other packages may be called once the person who loads the file has named their namespace.
 """
 
 from __future__ import annotations
@@ -98,6 +98,20 @@ _DENIED = frozenset(
         "to_padded_tensor",
         "choose_qparams_optimized",
         "fused_moving_avg_obs_fake_quant",
+        # Positions, pivots and lengths that are operands, and that kernels follow unchecked, or may be told to.
+        "segment_reduce",
+        "linalg_lu_solve",
+        "linalg_ldl_solve",
+        "lu_solve",
+        "lu_unpack",
+        "ormqr",
+        "orgqr",
+        "linalg_householder_product",
+        "embedding_renorm",
+        "embedding_renorm_",
+        "ctc_loss",
+        "max_unpool2d",
+        "max_unpool3d",
     ]
 )
 _DENIED_PREFIXES = (

@@ -101,7 +101,15 @@ def backend(
     run = _runner(program, [example_inputs[position] for position in bound.positions], chosen.rest, mode)
     positions = bound.positions
 
+    stored = [(position, name, weakref.ref(example_inputs[position])) for position, name in bound.stored]
+
     def call(*arguments: Any) -> Any:
+        for position, name, compiled in stored:
+            if arguments[position] is not compiled():
+                raise CompileError(
+                    f"{name} is another tensor than when the model was compiled, where weights and buffers are read "
+                    "once: call torch.compiler.reset(), and compile the model again"
+                )
         return run(*(arguments[position] for position in positions))
 
     return call
@@ -117,34 +125,36 @@ def _drops(graph: fx.Graph) -> bool:
 
 # ---- compressing, once -----------------------------------------------------------------------------------------------
 
-_Weights: TypeAlias = tuple[tuple[str, int, int], ...]
+_Weights: TypeAlias = tuple[tuple[str, int, int, int], ...]
 _made: dict[tuple[str, _Weights], tuple[weakref.ref[Program], list[weakref.ref[Tensor]]]] = {}
-"""Programs that live, by their passes and the names, identities and versions of the float weights they were made of."""
+"""Programs that live, by their passes and the names, identities, addresses and versions of the float weights they were
+made of."""
 
 
 def _compressed(bound: Bound, passes: str) -> Program:
     """The graph after the passes, over the tensors of an earlier one of the same weights, if there is one."""
     parameters = dict(bound.module.named_parameters())
-    key = passes, tuple((name, id(value), version_of(value)) for name, value in parameters.items())
+    key = passes, tuple((name, id(p), p.data_ptr(), version_of(p)) for name, p in parameters.items())
     with torch._guards.tracing(
         None
     ):  # what is traced here is no part of what Dynamo traces: its guards would be Dynamo's
         traced = trace(bound.module.eval(), bound.inputs, dynamic_axes=bound.axes)
-        program = _with_weights_of(key, traced)
+        program = _with_weights_of(key, traced, {name for name, _ in bound.module.named_buffers()})
         if program is None:
             program = Pipeline.parse(passes)(traced)
             _made[key] = weakref.ref(program), [weakref.ref(value) for value in parameters.values()]
     return program
 
 
-def _with_weights_of(key: tuple[str, _Weights], traced: Program) -> Program | None:
+def _with_weights_of(key: tuple[str, _Weights], traced: Program, buffers: set[str]) -> Program | None:
+    """The graph over the weights of an earlier one. ``buffers``, which the key does not tell of, are its own."""
     for known, (made, floats) in list(_made.items()):
         if made() is None or any(value() is None for value in floats):
             del _made[known]  # identities are those of living tensors
     if key not in _made or (source := _made[key][0]()) is None:
         return None
     try:
-        return transplant(source, traced)
+        return transplant(source, traced, buffers)
     except PassError:
         return None  # other calls of the same weights: their forms are chosen anew
 

@@ -32,13 +32,15 @@ class Bound:
     """A graph over its own tensors.
 
     ``inputs``: what it is called with, by name, as examples. ``positions``: where these stand among Dynamo's inputs.
-    ``axes``: which of their axes are dynamic, by name.
+    ``axes``: which of their axes are dynamic, by name. ``stored``: positions and names of the tensors that modules
+    hold.
     """
 
     module: fx.GraphModule
     inputs: dict[str, Tensor]
     positions: tuple[int, ...]
     axes: dict[str, dict[int, str]]
+    stored: tuple[tuple[int, str], ...]
 
 
 def bind(graph_module: fx.GraphModule, examples: Sequence[Any]) -> Bound:
@@ -51,7 +53,7 @@ def bind(graph_module: fx.GraphModule, examples: Sequence[Any]) -> Bound:
     values: dict[fx.Node, fx.Node] = {}
     inputs: dict[str, Tensor] = {}
     placeholders = graph_module.graph.find_nodes(op="placeholder")
-    positions, names = [], dict[int, str]()
+    positions, stored, names = [], [], dict[int, str]()
     for position, (node, example) in enumerate(zip(placeholders, examples, strict=True)):
         if isinstance(example, Tensor) and not (name := _stored_name(node, example)):
             values[node] = graph.placeholder(node.name)
@@ -61,6 +63,7 @@ def bind(graph_module: fx.GraphModule, examples: Sequence[Any]) -> Bound:
             if id(example) not in names:
                 names[id(example)] = _store(root, name, example)
             values[node] = graph.get_attr(names[id(example)])
+            stored.append((position, name))
     by_source = {_source(node): values[node] for node in placeholders if node.name in inputs}
     for node in placeholders:
         if node not in values:
@@ -73,9 +76,8 @@ def bind(graph_module: fx.GraphModule, examples: Sequence[Any]) -> Bound:
     output = graph.graph_copy(graph_module.graph, values)
     graph.output(output)
     module = fx.GraphModule(root, graph)
-    return Bound(
-        module, inputs, tuple(positions), {node.name: _axes(node) for node in placeholders if node.name in inputs}
-    )
+    axes = {node.name: _axes(node) for node in placeholders if node.name in inputs}
+    return Bound(module, inputs, tuple(positions), axes, tuple(stored))
 
 
 def _fix_numbers(graph: fx.Graph) -> None:

@@ -19,6 +19,7 @@ less time than it takes to start them. No graph has been recorded on a GPU yet.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
@@ -235,6 +236,7 @@ class StaticDecoder:
         self._tensors = [self.program.tensor(name) for name in names]
         self._versioned = [tensor for tensor in self._tensors if not tensor.is_inference()]  # others count no writes
         self._rooms: list[Room] = []
+        self._lock = threading.Lock()
 
     def compiled(self, backend: str) -> Callable[..., tuple[Any, ...]]:
         """:attr:`function` by a backend of ``torch.compile``, for inputs of one size. Each is a module of its own, as
@@ -255,14 +257,17 @@ class StaticDecoder:
         kind = batch, length, source, backend
         if not records:
             return Room(self, *kind, records).lend()
-        room = next((r for r in self._rooms if r.is_idle and (r.batch, r.length, r.source, r.backend) == kind), None)
-        if room is None:
-            idle = [room for room in self._rooms if room.is_idle]
-            for old in idle[: max(len(idle) - IDLE_ROOMS + 1, 0)]:
-                self._rooms.remove(old)
-            room = Room(self, *kind, records)
-            self._rooms.append(room)
-        return room.lend()
+        with self._lock:  # another thread must not find the same room idle
+            room = next(
+                (r for r in self._rooms if r.is_idle and (r.batch, r.length, r.source, r.backend) == kind), None
+            )
+            if room is None:
+                idle = [room for room in self._rooms if room.is_idle]
+                for old in idle[: max(len(idle) - IDLE_ROOMS + 1, 0)]:
+                    self._rooms.remove(old)
+                room = Room(self, *kind, records)
+                self._rooms.append(room)
+            return room.lend()
 
     def state(self) -> tuple[Any, ...]:
         """What changes when a weight is written to, or lies somewhere else. Asked before every step, of some hundred

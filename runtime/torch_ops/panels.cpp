@@ -32,9 +32,15 @@ public:
 
     bool gone() const { return data_ && storage_.expired(); }
 
+    // Whether it is in the same memory, whatever that holds now.
+    bool lies_where(const OptionalTensor &tensor) const {
+        if (!tensor) return !data_;
+        return data_ == tensor->const_data_ptr() && storage_._unsafe_get_target() == record(*tensor);
+    }
+
     bool is(const OptionalTensor &tensor) const {
         if (!tensor) return !data_;
-        return data_ == tensor->const_data_ptr() && storage_._unsafe_get_target() == record(*tensor) &&
+        return lies_where(tensor) &&
                version_ == (tensor->is_inference() ? 0 : tensor->_version()) && type_ == tensor->scalar_type() &&
                tensor->sizes() == sizes_ && tensor->strides() == strides_;
     }
@@ -66,6 +72,15 @@ struct Scales {
 
     bool gone() const {
         return scale.gone() || zero_point.gone() || values.gone() || columns.gone() || row_offsets.gone();
+    }
+
+    // Whether it was made of the same memory.
+    bool lies_where(const Weight &weight) const {
+        return scale.lies_where(weight.scale) && zero_point.lies_where(weight.zero_point) &&
+               values.lies_where(part(weight, &Outliers::values)) &&
+               columns.lies_where(part(weight, &Outliers::columns)) &&
+               row_offsets.lies_where(part(weight, &Outliers::row_offsets)) &&
+               replace == (weight.outliers && weight.outliers->replace);
     }
 
     bool are(const Weight &weight) const {
@@ -130,7 +145,8 @@ private:
     }
 
     std::shared_ptr<const void> pack_scales(const char *op, const Weight &weight, Codes &codes) {
-        codes.scales.remove_if([](const Scales &each) { return each.gone(); });
+        // What went, or was written to since.
+        codes.scales.remove_if([&](const Scales &each) { return each.gone() || each.lies_where(weight); });
         const native::NeutralWeight neutral(weight);
         const int64_t size = prequant_scales_bytes(neutral.get());
         native::check(op, size < 0 ? PREQUANT_BAD_WEIGHT : PREQUANT_OK, weight);

@@ -68,6 +68,10 @@ def test_a_fingerprint_is_of_what_is_computed_with(tmp_path: Path) -> None:
     with torch.no_grad():
         scale[0] /= 2
     assert fingerprint(base) == before
+    scale = loaded.tensor(name)
+    scale.data = scale.detach() * 2  # which no version counts
+    twice = fingerprint(loaded)
+    assert twice != before and fingerprint(loaded.to(torch.bfloat16)) not in (before, twice)
 
 
 def test_a_task_that_changed_more_than_an_adapter_holds_is_refused() -> None:

@@ -55,6 +55,14 @@ def smaller_table(graph: dict[str, Any]) -> None:
     node_of(graph, "prequant::packed_embedding.default")["kwargs"]["columns"] = 20
 
 
+def write_codes(graph: dict[str, Any]) -> None:
+    """Before they are looked at: after the checks, and before a kernel follows them."""
+    nodes = graph["nodes"]
+    codes = next(node for node in nodes if node.get("target") == f"{WORDS}.codes")
+    call = {"op": "call_function", "target": "aten::fill_.Scalar", "args": [{"node": codes["name"]}, 255]}
+    nodes.insert(nodes.index(codes) + 1, {"name": "written", **call})
+
+
 LINEAR, PARALLEL, EMBEDDING, NORM = (
     "prequant::packed_linear.default",
     "prequant::packed_linears.default",
@@ -77,6 +85,11 @@ GRAPHS: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {
         edit_node(NORM, target="evil::run.default"),
         ("evil::run.default", "trusted_ops=('evil',)"),
     ),
+    "an operator that may be told to check nothing": (
+        edit_node(NORM, target="aten::segment_reduce.default"),
+        ("aten::segment_reduce.default", "not one that a graph from a file may call"),
+    ),
+    "codes that the graph writes into": (write_codes, (f"{WORDS}.codes", "prequant's operators alone", "written")),
     "a function of Python": (
         edit_node(NORM, target="os.system", args=["true"]),
         ("'os.system'", "nothing that a graph may"),

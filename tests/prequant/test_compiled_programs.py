@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from prequant.passes import Canonicalize, Pipeline, Program, QuantizeActivations, QuantizeWeights, SplitOutliers, lower
 from prequant.runtime import PrequantError
+from prequant.trace import trace
 
 from ..models import FAMILIES, VOCABULARY, traced
 
@@ -160,6 +161,41 @@ def test_the_plan_sees_weights_that_changed() -> None:
         program.get_parameter("classifier.bias").add_(1)
         torch.testing.assert_close(ours(**inputs).logits, before + 1)
     assert counter.frame_count == 1
+
+
+def test_a_compiler_may_write_into_planned_results() -> None:
+    """Two results are one tensor in the graph, a third is a view of the input, the last a stored tensor."""
+
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.table: Tensor
+            self.register_buffer("table", torch.arange(8.0))
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.linear(x)
+            return y, y, x.reshape(-1, 8), self.table.view(2, 4)
+
+    torch.manual_seed(0)
+    program = Pipeline.parse("canonicalize,quantize-weights{bits=8},lower,plan")(
+        trace(Several(), (torch.rand(3, 5, 8),))
+    )
+
+    def writes(x: Tensor) -> Any:
+        first, second, third, table = program(x)
+        for result in (first, third, table):
+            result.add_(100.0)
+        return first, second, third, table
+
+    x = torch.rand(4, 7, 8)
+    given = x.clone()
+    with torch.no_grad():
+        wanted = program.eval()(x)
+        found = torch.compile(writes, backend="eager")(x)
+        assert torch.equal(x, given) and torch.equal(program.tensor("table"), torch.arange(8.0))
+    for result, expected, added in zip(found, wanted, (100, 0, 100, 100), strict=True):
+        torch.testing.assert_close(result, expected + added)
 
 
 def test_modes_are_compiled_once_each() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prequant.compiling import Options
+from prequant.compiling.lifted import CompileError
 from prequant.passes import Pipeline
 from prequant.runtime import PrequantError, Quantizer
 from prequant.trace import trace
@@ -121,6 +122,44 @@ def test_other_weights_are_quantized_anew(quantized: list[Any]) -> None:
     torch.testing.assert_close(
         after - model.classifier.bias, 2 * (before - model.classifier.bias), rtol=1e-3, atol=1e-3
     )
+
+
+class Shifted(nn.Module):
+    """With a buffer, and constants of its own in each of its two graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("shift", torch.zeros(8))
+
+    def forward(self, x: Tensor, flag: bool = True) -> Tensor:
+        factors = torch.tensor([1.0, 2.0]) if flag else torch.tensor([100.0, 200.0])
+        return self.linear(x) * factors.repeat(4) + self.shift
+
+
+def test_graphs_over_the_same_weights_have_constants_of_their_own() -> None:
+    model, x = Shifted().eval(), torch.ones(3, 8)
+    ours = compiled(model, recipe="w8", rest="eager")
+    with torch.no_grad():
+        for flag in (True, False):
+            torch.testing.assert_close(ours(x, flag), model(x, flag), rtol=2e-2, atol=1.0)
+
+
+def test_a_buffer_that_was_replaced_is_not_overlooked() -> None:
+    model: Any = Shifted().eval()
+    x = torch.ones(3, 8)
+    ours = compiled(model, recipe="w8", rest="eager")
+    with torch.no_grad():
+        before = ours(x)
+        model.shift.fill_(1.0)
+        torch.testing.assert_close(ours(x), before + 1)
+        model.shift = torch.full((8,), 5.0)
+        with pytest.raises(CompileError, match="shift is another tensor than when the model was compiled"):
+            ours(x)
+        torch.compiler.reset()
+        again = compiled(model, recipe="w8", rest="eager")
+        torch.testing.assert_close(again(x), before + 5)
 
 
 @pytest.mark.parametrize("rest", ["inductor", "eager"])

@@ -6,7 +6,6 @@ affine, 2 to 8 bits    the next width; ``code + 2^(width-1) - 2^(bits-1)``, so t
 ternary                2 bits, ``code + 1``: 1, 2, 3 for -1, 0, 1
 binary                 2 bits, 1 and 3 for -1 and 1
 bcq                    as binary, plane by plane; the planes are summed
-... uniform            planes whose alphas double from one to the next: one affine code and an offset
 ... uniform            planes whose alphas double from one to the next: one affine code; a constant plane: an offset
 outliers               a sparse matrix beside it; of those that replace, the codes below become 0
 =====================  ==========================================================================================

@@ -8,7 +8,7 @@ stand in one row, and a program picks the operands of its own. Codes enter produ
 precision and 8-bit integers hold exactly; scales multiply float32 sums of a group, so no weight is ever rounded.
 
 Sums of a chunk are waited for before the next one's weights are unpacked. Triton 3.7 would let matrix instructions that
-add to the same sums run on, and unpack into the registers that they still read (triton-lang/triton issue 9433).
+add to the same sums run on, and unpack into the registers that they still read.
 """
 
 from __future__ import annotations

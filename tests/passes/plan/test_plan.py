@@ -104,7 +104,7 @@ def test_results_of_a_model(name: str) -> None:
     program = lowered(name)
     draft = draft_plan(program)
     assert len(draft.coverage.native) > 10
-    plan, kept = draft.finish(program), []
+    plan, kept = draft.finish(program.tensor), []
     for batch, length in SIZES:
         inputs = program.bind((), FAMILIES[name]().make_inputs(batch, length, padded=True))
         with torch.no_grad():

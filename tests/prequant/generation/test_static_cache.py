@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from functools import cache
@@ -98,6 +99,22 @@ def test_a_room_is_lent_to_one_cache_at_a_time() -> None:
     third: Any = cached(packed, inputs, 5, **STATIC).past_key_values
     assert third.room in rooms
     assert cached(packed, inputs, STEP, **STATIC).past_key_values.room.length == 2 * STEP
+
+
+def test_threads_have_rooms_of_their_own() -> None:
+    decoder: Any = with_cache(lowered()).static
+    together, found = threading.Barrier(4), []
+
+    def take() -> None:
+        together.wait()
+        found.append(decoder.cache(2, STEP))
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(cache.room) for cache in found}) == 4
 
 
 def test_few_rooms_are_kept() -> None:

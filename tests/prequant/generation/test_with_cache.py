@@ -272,6 +272,19 @@ def test_a_mask_of_another_length_is_refused() -> None:
         generative(torch.ones(2, 5, dtype=torch.int64), attention_mask=torch.ones(2, 4, dtype=torch.int64))
 
 
+def test_positions_and_caches_of_other_sizes_are_refused() -> None:
+    generative = with_cache(lower(Pipeline([Canonicalize(), QuantizeWeights(bits=8)])(traced("gpt2-causal-lm"))))  # type: ignore[arg-type]
+    ids = torch.ones(2, 5, dtype=torch.int64)
+    with torch.no_grad():
+        with pytest.raises(
+            PrequantError, match=r"has the shape \[2, 1\], which does not go with the sizes of the others"
+        ):
+            generative(ids, position_ids=torch.zeros(2, 1, dtype=torch.int64))
+        cache = generative(torch.ones(4, 5, dtype=torch.int64)).past_key_values
+        with pytest.raises(PrequantError, match="which does not go with the sizes of the others"):
+            generative(ids[:, :1], past_key_values=cache)
+
+
 def test_rewrites_of_more_than_weights_are_found_out() -> None:
     program = QUANTIZE(traced("opt-causal-lm"))
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default):
