@@ -166,12 +166,13 @@ all-MiniLM-L6-v2 (22.7 M parameters) fine-tuned in float32 for each task, then q
 embeddings and the head included, symmetric codes in groups of {GROUP} (scales add 0.5 bits a weight), scales by mse.
 `bits` says what the budget is: the bytes of codes of that width everywhere, or as far between those of the two widths
 next to it. Mixed precision chooses among {", ".join(map(str, WIDTHS))} bits for each weight. Sensitivities look at
-{TEXTS} texts of the training set, without labels. Scores and logits are those on the validation set; the SQNR is that
-of all logits against float32's.
+{TEXTS} texts of the training set, without labels, seed 0. Scores and logits are those on the validation set; the SQNR
+is that of all logits against float32's.
 
 Seconds of one core that a sensitivity takes, for all budgets: {"; ".join(times)}.
 """
-    command = ["python", "tests/benchmarks/allocate_bits.py", "table", "--work", "DIR"]
+    command = ["PREQUANT_DATA=DATA", "python", "tests/benchmarks/allocate_bits.py", "run"]
+    command += ["--task", "TASK", "--model", "MODEL", "--work", "DIR"]
     print(write("allocate_bits", "Bits for each weight, chosen under a budget", command, notes, tables).read_text())
 
 

@@ -206,9 +206,11 @@ references. Every row that trains: {trained_for} of {BATCH} texts, seed {SEED}, 
 dropout, no weight decay; one run each, last step, nothing chosen on the validation set. Texts are searched for
 greedily.
 Learning rates: {_rates(done)}; norms and biases beside alphas {MORE_RATE:g}.
+q: binary planes of a weight; row-wise: an alpha for each row of a plane; as given: before any training.
 `of the task`: bytes of the file that holds what was trained, on a base that others share.
 """
-    command = ["python", "tests/benchmarks/alphatuning_e2e.py", "run", "--model", "MODEL", "--work", "DIR"]
+    command = ["PREQUANT_DATA=DATA", "python", "tests/benchmarks/alphatuning_e2e.py", "run"]
+    command += ["--model", "MODEL", "--work", "DIR"]
     if budget >= 0:
         command += ["--steps", str(budget)]
     threads = ", ".join(sorted({str(row["threads"]) for row in done.values()}))

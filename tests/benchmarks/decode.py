@@ -129,10 +129,12 @@ Ratios are the step of `{REFERENCE}`, of the best peer at any width, and of the 
 fewer, but no fewer than ours) over this one's, so more is better. Memory is what a process has over one that has only
 imported the libraries: at most while it loads and runs a prompt and a step, and after that.
 
-- `prequant F, A`: weights, embeddings and the tied head in format F; inputs of linears quantized as they come.
+- `prequant F, A`: weights, embeddings and the tied head in format F (`affine4:row`: 4-bit codes with a scale for
+  each row, `:group64`: for 64 columns); inputs of linears quantized as they come.
 - ONNX Runtime has keys and values as inputs and outputs, OpenVINO as its state, compiled torch in a cache of fixed
   size, llama.cpp in its own, where each text is a sequence.
-- llama.cpp is `llama-cpp-python`, built for this machine, on a GGUF file of the same weights.{absent_list(found)}
+- llama.cpp is `llama-cpp-python`, built for this machine, on a GGUF file of the same weights; without AMX, with
+  which its quantized models may crash.{absent_list(found)}
 """
 
 

@@ -194,7 +194,8 @@ ours, so more is better; then our time over the larger of bytes / bandwidth and 
 possible, with the weights coming from where as many bytes as rotate lie, and from memory. The peaks are those of
 torch's own products of large matrices: of the type of the inputs, int8 where they are quantized to 8 bits.
 
-- `prequant F, A`: `packed_linear`, weight format F, activations A, float ones being weight-only.
+- `prequant F, A`: `packed_linear`, weight format F, activations A, float ones being weight-only. `affine4:row`:
+  4-bit codes with a scale for each row, `:group64`: for 64 columns; `bcq3`: three binary planes.
 - `oneDNN int8, static scales` gets its input quantized already, which is not counted. The other int8 peers, prequant's
   `affine8:row` and ONNX Runtime's `MatMulNBits` (accuracy level 4) quantize it inside the call.
 - OpenVINO's weights are compressed by NNCF; it computes as it does by default.{absent}

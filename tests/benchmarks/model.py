@@ -131,7 +131,7 @@ batch of the first table of the model, and after that. Memory that a library's c
 not count. Seconds to load include compiling where it comes first; inductor compiles at the first batch.
 
 - `prequant F, A`: weights and embeddings in format F; inputs of linears quantized as they come (`affine8:row`), or
-  float and weight-only.
+  float and weight-only. `affine4:row`: 4-bit codes with a scale for each row, `:group64`: for 64 columns.
 - torchao's peers are its `quantize_` for 8-bit dynamic linears and for 4-bit weights, and its quantization of exported
   graphs for x86 with calibrated scales; all compiled with frozen weights, as are the compiled float ones.
 - ONNX Runtime: its optimizer for BERT, then its dynamic quantization or its 4-bit weights (accuracy level 4).

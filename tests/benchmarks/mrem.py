@@ -5,7 +5,7 @@ PREQUANT_DATA names a folder with glue/SST-2. ``--teacher`` is a model that ``pr
 done are kept in results/mrem; --only measures some, so that several processes can share the work, a row each with one
 thread (OMP_NUM_THREADS=1)::
 
-    python tests/benchmarks/mrem.py run --teacher MODEL --work DIR --steps 1000
+    python tests/benchmarks/mrem.py run --teacher MODEL --work DIR --steps 500
     python tests/benchmarks/mrem.py table
 """
 
@@ -188,10 +188,12 @@ def table() -> None:
 all-MiniLM-L6-v2 (22.7 M parameters) fine-tuned for SST-2, accuracy on the 872 sentences of the validation set; four
 modules, {budget:,} steps of 32 texts for each where nothing else is said, seed {SEED}, one run each, the last
 state. MREM-P is interleaved in one process. "Inside attention too": queries, keys, probabilities and values also have
-8 bits. Training on all labels takes as many steps as all modules together, on
-67,349 sentences. One thread a row, several rows at once on one machine: seconds compare within a few per cent at best.
+8 bits. Training on all labels takes as many steps as all modules together, on 67,349 sentences. W4A8: 4-bit weights
+and 8-bit inputs with static scales; W2A8: ternary weights. Linears have a scale for each matrix, the table of words
+one for each row. MREM-S trains the modules one after the other, MREM-P at once. One thread a row, several rows at once
+on one machine: seconds compare within a few per cent at best.
 """
-    command = ["python", "tests/benchmarks/mrem.py", "run", "--teacher", "MODEL", "--work", "DIR"]
+    command = ["PREQUANT_DATA=DATA", "python", "tests/benchmarks/mrem.py", "run", "--teacher", "MODEL", "--work", "DIR"]
     command += ["--steps", str(budget)]
     print(write("mrem", "MREM on SST-2", command, notes, {"Scores": rows}).read_text())
 

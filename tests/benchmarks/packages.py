@@ -88,7 +88,7 @@ def main(
 all-MiniLM-L6-v2, 4-bit weights with outliers, 8-bit inputs, one text, one thread: milliseconds a call from C++, and
 what the other ways take as multiples of it. Medians of {rounds} rounds of {CALLS} calls each way.
 """
-    command = ["python", "tests/benchmarks/packages.py", "--runner", "build/aoti/run_package"]
+    command = ["OMP_NUM_THREADS=1", "python", "tests/benchmarks/packages.py", "--runner", "build/aoti/run_package"]
     print(write("packages", "A package from C++ and Python", command, notes, {"Ways": rows}, threads="1").read_text())
 
 

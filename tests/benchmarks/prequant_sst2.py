@@ -242,10 +242,14 @@ all-MiniLM-L6-v2 (22.7 M parameters), SST-2: 67,349 training sentences, accuracy
 Every training row: {EPOCHS:g} epochs, batches of 32, at most {MAX_LENGTH} tokens, seed {SEED}, the same order of
 examples and the same head to start from; one run each, last step, nothing chosen on the validation set. The standard
 error of an accuracy near 90 % on 872 sentences is about 1 point. fp32 trains everything
-({json.dumps(base["settings"])}). PreQuant: {json.dumps(settings["recipe"]) if settings else ""}. Quantized are all
-linear weights and embeddings, the classifier aside. Bytes are those of the safetensors files on disk.
+({json.dumps(base["settings"])}). PreQuant, but for the bits, granularity and strategy that a row
+names: {json.dumps(settings["recipe"]) if settings else ""}. Quantized are all
+linear weights and embeddings, the classifier aside. Bytes are those of the safetensors files on disk; "predicted" are
+those by arithmetic: codes, a float32 scale a row, 4 bytes an outlier and a row of offsets, floats as they were. Stage 2
+is the training of the outliers and of what else `train` names. Differences are in points, to fp32 fine-tuning. Peak MB:
+the model's tensors and what the process grew by.
 """
-    command = ["python", "tests/benchmarks/prequant_sst2.py", "run", "--work", "DIR"]
+    command = ["PREQUANT_DATA=DATA", "python", "tests/benchmarks/prequant_sst2.py", "run", "--work", "DIR"]
     print(write("prequant_sst2", "PreQuant on SST-2", command, notes, tables).read_text())
 
 

@@ -63,7 +63,7 @@ value that is looked back at comes from the cache.
     path = write(
         "quantized_cache",
         "A cache of 8-bit codes",
-        ["python", "tests/benchmarks/quantized_cache.py", "--model", "MODEL"],
+        ["PREQUANT_DATA=DATA", "python", "tests/benchmarks/quantized_cache.py", "--model", "MODEL"],
         notes,
         {"A step": speeds, "Perplexity": quality},
         folder=out,

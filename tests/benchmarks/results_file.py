@@ -30,7 +30,7 @@ def data_folder() -> Path:
     """The folder with the public data sets: ``$PREQUANT_DATA``. Exits with a message if it is not set."""
     folder = os.environ.get("PREQUANT_DATA")
     if not folder or not Path(folder).is_dir():
-        sys.exit("set PREQUANT_DATA to a folder that has glue/SST-2/{train,validation}.parquet")
+        sys.exit("set PREQUANT_DATA to the folder of the public data sets; the head of the script says which it reads")
     return Path(folder)
 
 
@@ -90,7 +90,8 @@ def write(
         "threads": threads or torch.get_num_threads(),
         "versions": versions,
     }
-    where = f"{circumstances['date']}; {circumstances['cpu']}, {circumstances['threads']} threads; "
+    plural = "" if str(circumstances["threads"]) == "1" else "s"
+    where = f"{circumstances['date']}; {circumstances['cpu']}, {circumstances['threads']} thread{plural}; "
     where += ", ".join(f"{package} {number}" for package, number in versions.items())
     parts = [f"# {title}", f"```bash\n{shlex.join(command)}\n```", notes.strip(), where]
     for heading, rows in tables.items():

@@ -141,10 +141,11 @@ peak rate {RATE:g}, seed {SEED}, one run each; the best of the states that were 
 of the steps, with its own score there. Linears are binary or ternary per tensor, rows of the table of words each for
 themselves, inputs have 8 bits per token. "Labels alone": the same student from the teacher's weights, without
 distillation. "As the paper counts": 32 bits over the bits, times the teacher's parameters over the student's; on disk
-nothing is left out. Speed is measured at the end of a row against the float model of all layers in turns, on one
-thread, beside other rows.
+nothing is left out. Speed is that of a padded batch of 32, measured at the end of a row against the float model
+of all layers in turns, on one thread, beside other rows.
 """
-    command = ["python", "tests/benchmarks/xtc.py", "run", "--work", "DIR", "--task", "TASK", "--steps", "STEPS"]
+    command = ["PREQUANT_DATA=DATA", "python", "tests/benchmarks/xtc.py", "run", "--work", "DIR"]
+    command += ["--task", "TASK", "--steps", "STEPS"]
     print(write("xtc", "XTC on CoLA and SST-2", command, notes, tables).read_text())
 
 
