@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx
@@ -54,7 +55,7 @@ def _program(key: str) -> Program:
 def _call(key: str, inputs: Sequence[Tensor]) -> list[Tensor]:
     # Compilers were told that results are new, and contiguous: they write into what nothing else reads any more.
     program = _program(key)
-    held = {_storage(tensor) for tensor in (*inputs, *(program.tensor(name) for name in _handed_out(program)))}
+    held = {_storage(tensor) for tensor in (*inputs, *(program.tensor(name) for name in _handed_out(key)))}
     results = []
     for result in program.flat_results(tuple(inputs)):
         own = result.clone(memory_format=torch.contiguous_format) if _storage(result) in held else result.contiguous()
@@ -67,22 +68,17 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _handed_out(program: Program) -> tuple[str, ...]:
-    """Names of the tensors of a Program that its results may share memory with."""
-    graph = program.graph
-    if (known := _HANDED_OUT.get(graph)) is None:
-        found, waiting = set[str](), list(graph.output_node().all_input_nodes)
-        while waiting:
-            node = waiting.pop()
-            if node.op == "get_attr":
-                found.add(str(node.target))
-            elif is_view(node) or node.target in COPIES_WHERE_NEEDED:
-                waiting += node.all_input_nodes
-        known = _HANDED_OUT[graph] = tuple(sorted(found))
-    return known
-
-
-_HANDED_OUT: WeakKeyDictionary[fx.Graph, tuple[str, ...]] = WeakKeyDictionary()
+@lru_cache(maxsize=256)
+def _handed_out(key: str) -> tuple[str, ...]:
+    """Names of the tensors of a Program that its results may share memory with; a key is that of one graph."""
+    found, waiting = set[str](), list(_program(key).graph.output_node().all_input_nodes)
+    while waiting:
+        node = waiting.pop()
+        if node.op == "get_attr":
+            found.add(str(node.target))
+        elif is_view(node) or node.target in COPIES_WHERE_NEEDED:
+            waiting += node.all_input_nodes
+    return tuple(sorted(found))
 
 
 def _fake_call(key: str, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -290,6 +290,16 @@ def test_rows_of_several_tasks_in_one_call(loaded: ModelProgram) -> None:
     assert torch.equal(again.logits, together.logits)
 
 
+def test_a_compiled_call_of_the_base_is_the_bases_whatever_is_in_use(loaded: ModelProgram) -> None:
+    batch = inputs("gpt2-causal-lm", 3)
+    ours = torch.compile(lambda: loaded(**batch, adapters=[None] * 3).logits, backend="eager")
+    with torch.no_grad():
+        expected = loaded(**batch).logits
+        for name in ("a", None, "b"):
+            loaded.set_adapter(name)
+            assert torch.equal(ours(), expected)
+
+
 def test_rows_of_tasks_with_other_classes(folder: Path) -> None:
     loaded, batch = load_with(folder, "cd"), inputs("gpt2-causal-lm", 4)
     results = loaded(**batch, adapters=["c", "d", "c", "d"])
