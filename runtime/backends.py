@@ -150,8 +150,7 @@ def call(op: str, reference: Callable[..., Result], format: WeightFormat | None,
     if backend is None:
         return reference(format, *arguments)
     if backend.device == "cpu":
-        names = _names_of(reference)
-        checks.one_device(op, dict(zip(names, arguments, strict=True)))
+        checks.one_device(op, dict(zip(_names_of(reference), arguments, strict=False)))
     kernel: Callable[..., Result] = backend.kernel
     return kernel(format, *arguments)
 
