@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from results_file import data_folder, write  # type: ignore[import-not-found]
+from results_file import data_folder, threads_of, write  # type: ignore[import-not-found]
 
 from prequant.compress import GIVEN, NONE, compress
 from prequant.finetune import finetune_baseline
@@ -213,7 +213,7 @@ q: binary planes of a weight; row-wise: an alpha for each row of a plane; as giv
     command += ["--model", "MODEL", "--work", "DIR"]
     if budget >= 0:
         command += ["--steps", str(budget)]
-    threads = ", ".join(sorted({str(row["threads"]) for row in done.values()}))
+    threads = threads_of(done.values())
     print(write("alphatuning_e2e", "AlphaTuning on E2E", command, notes, {"Scores": rows}, threads=threads).read_text())
 
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any, cast
 import psutil
 import torch
 import typer
-from results_file import data_folder, row_file, without_folders, write  # type: ignore[import-not-found]
+from results_file import data_folder, row_file, threads_of, without_folders, write  # type: ignore[import-not-found]
 
 from prequant.checkpoint import load, save
 from prequant.measure import PeakMemory, weight_bytes, write_json
@@ -195,7 +195,8 @@ on one machine: seconds compare within a few per cent at best.
 """
     command = ["PREQUANT_DATA=DATA", "python", "tests/benchmarks/mrem.py", "run", "--teacher", "MODEL", "--work", "DIR"]
     command += ["--steps", str(budget)]
-    print(write("mrem", "MREM on SST-2", command, notes, {"Scores": rows}).read_text())
+    threads = threads_of(done.values())
+    print(write("mrem", "MREM on SST-2", command, notes, {"Scores": rows}, threads=threads).read_text())
 
 
 if __name__ == "__main__":

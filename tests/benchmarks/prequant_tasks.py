@@ -19,7 +19,7 @@ from typing import Annotated, Any, cast
 
 import torch
 import typer
-from results_file import data_folder, encoder_folder, row_file, write  # type: ignore[import-not-found]
+from results_file import data_folder, encoder_folder, row_file, threads_of, write  # type: ignore[import-not-found]
 
 from prequant.checkpoint import save
 from prequant.compress import NONE, compress
@@ -228,7 +228,9 @@ which it learnt nothing, that of all weights a usual one; biases alone want a hi
 """
     command = ["PREQUANT_DATA=DATA", "python", "tests/benchmarks/prequant_tasks.py", "run", "--work", "DIR"]
     command += ["--task", "TASK", "--steps", "STEPS"]
-    print(write("prequant_tasks", "PreQuant on four tasks", command, notes, {"Scores": rows}).read_text())
+    threads = threads_of(found for figures in done.values() for found in figures.values())
+    path = write("prequant_tasks", "PreQuant on four tasks", command, notes, {"Scores": rows}, threads=threads)
+    print(path.read_text())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +24,11 @@ def row_file(benchmark: str, *words: str) -> Path:
     folder = RESULTS / benchmark
     folder.mkdir(exist_ok=True)
     return folder / f"{'-'.join(words).replace(' ', '-').replace(',', '')}.json"
+
+
+def threads_of(rows: Iterable[Mapping[str, Any]]) -> str:
+    """How many threads rows were measured with, which say so each for themselves."""
+    return ", ".join(sorted({str(row["threads"]) for row in rows}))
 
 
 def data_folder() -> Path:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, cast
 
 import torch
 import typer
-from results_file import data_folder, row_file, without_folders, write  # type: ignore[import-not-found]
+from results_file import data_folder, row_file, threads_of, without_folders, write  # type: ignore[import-not-found]
 
 from prequant.compress import GIVEN, compress
 from prequant.measure import write_json
@@ -119,6 +119,7 @@ def run(
 def table() -> None:
     """Write the results file from the rows that have been measured."""
     tables, budgets = {}, {}
+    measured: list[dict[str, Any]] = []
     for name in PLACES:
         done = {row: json.loads(_file(name, row).read_text()) for row in rows(name) if _file(name, row).is_file()}
         if not done:
@@ -127,11 +128,14 @@ def table() -> None:
         if len(found) > 1:
             raise typer.BadParameter(f"rows of {name} were measured with different --steps: {sorted(found)}")
         budgets[name] = found.pop()
-        first = next(figures for figures in done.values() if figures["settings"]["baseline"] == GIVEN)
-        teacher = first["teacher"]
+        measured += done.values()
+        teachers = {(figures["metric"], figures["teacher"]) for figures in done.values()}
+        if len(teachers) > 1:
+            raise typer.BadParameter(f"rows of {name} have different teachers: {sorted(teachers)}")
+        metric, teacher = teachers.pop()
         tables[name] = [
-            {"": "the teacher", first["metric"]: f"{100 * teacher:.2f}", **dict.fromkeys(_COLUMNS, "–")},
-            *(_cells(row, figures, teacher) for row, figures in done.items()),
+            {"": "the teacher", metric: f"{100 * teacher:.2f}", **dict.fromkeys(_COLUMNS, "–")},
+            *(_cells(row, figures) for row, figures in done.items()),
         ]
     spent = ", ".join(f"{steps:,} on {name}" for name, steps in budgets.items())
     notes = f"""
@@ -146,7 +150,8 @@ of all layers in turns, on one thread, beside other rows.
 """
     command = ["PREQUANT_DATA=DATA", "python", "tests/benchmarks/xtc.py", "run", "--work", "DIR"]
     command += ["--task", "TASK", "--steps", "STEPS"]
-    print(write("xtc", "XTC on CoLA and SST-2", command, notes, tables).read_text())
+    path = write("xtc", "XTC on CoLA and SST-2", command, notes, tables, threads=threads_of(measured))
+    print(path.read_text())
 
 
 _COLUMNS = (
@@ -159,10 +164,10 @@ _COLUMNS = (
 )
 
 
-def _cells(row: Row, found: dict[str, Any], teacher: float) -> dict[str, str]:
+def _cells(row: Row, found: dict[str, Any]) -> dict[str, str]:
     versus = found["comparison"]
     values = (
-        f"{100 * (teacher - found['score']):.2f}",
+        f"{100 * (found['teacher'] - found['score']):.2f}",
         f"{found['steps']:,}",
         f"{found['bytes']:,}",
         f"{versus['size']:.1f}",
