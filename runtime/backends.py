@@ -2,34 +2,16 @@
 
 A backend is chosen per call by the device of the first tensor and by its own ``accepts``: the newest registration that
 accepts wins. Nothing falls back by catching errors: a kernel that accepted a call and fails, raises. Kernels see
-arguments that ``checks.py`` has passed (shapes, types, device), the same as the reference, which is their oracle::
-
-    quantize          (format, input, scale, zero_point)
-    dequantize        (format, codes, scale, zero_point, columns, dtype)        bcq included
-    dequantize_gradients (format, gradient, codes, scale, zero_point, needs)
-                      a list of the gradients that ``needs`` says
-    fake_quantize     (format, input, scale, zero_point)
-    fake_quantize_gradients (format, gradient, input, scale, zero_point, scale_gradient, needs)
-                      a list of the gradients that ``needs`` says
-    dynamic_scale     (format, input)
-    add_outliers      (None, weight, outliers)
-    packed_linear     (format, input, codes, scale, zero_point, outliers, bias,
-                       input_scale, input_zero_point, columns, input_format, activation, residual)
-    packed_linears    (None, input, calls)
-                      a list of the results; a call is what packed_linear gets
-    packed_embedding  (format, ids, codes, scale, zero_point, outliers, columns, dtype)
-
-Calls of ``packed_linears`` that no backend takes are ``packed_linear``'s, and each goes where that one would.
+arguments that ``checks.py`` has passed (shapes, types, device), the same as the reference, which is their oracle: a
+format, and the operands that :data:`OPS` says.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -41,19 +23,25 @@ from .formats import WeightFormat
 Kernel = Callable[..., Any]
 Result = TypeVar("Result")
 
-OPS = (
-    "quantize",
-    "dequantize",
-    "dequantize_gradients",
-    "fake_quantize",
-    "fake_quantize_gradients",
-    "dynamic_scale",
-    "add_outliers",
-    "packed_linear",
-    "packed_linears",
-    "packed_embedding",
-)
-"""The ops that take backends; calls of ``dequantize_bcq`` are ``dequantize``'s."""
+_LINEAR = ("input", "codes", "scale", "zero_point", "outliers", "bias", "input_scale", "input_zero_point")
+
+OPS = {
+    "quantize": ("input", "scale", "zero_point"),
+    "dequantize": ("codes", "scale", "zero_point", "columns", "dtype"),
+    "dequantize_gradients": ("gradient", "codes", "scale", "zero_point", "needs"),
+    "fake_quantize": ("input", "scale", "zero_point"),
+    "fake_quantize_gradients": ("gradient", "input", "scale", "zero_point", "scale_gradient", "needs"),
+    "dynamic_scale": ("input",),
+    "add_outliers": ("weight", "outliers"),
+    "packed_linear": (*_LINEAR, "columns", "input_format", "activation", "residual"),
+    "packed_linears": ("input", "calls"),
+    "packed_embedding": ("ids", "codes", "scale", "zero_point", "outliers", "columns", "dtype"),
+}
+"""The ops that take backends, and their operands behind the format, which is None for those that have none of their own
+(``add_outliers``, ``packed_linears``). Calls of ``dequantize_bcq`` are ``dequantize``'s; gradients are a list of those
+that ``needs`` says. ``packed_linears`` gives a list of results; each of its ``calls`` is what ``packed_linear`` gets,
+and goes where that one would if no backend takes them together.
+"""
 
 
 @dataclass(frozen=True)
@@ -150,12 +138,6 @@ def call(op: str, reference: Callable[..., Result], format: WeightFormat | None,
     if backend is None:
         return reference(format, *arguments)
     if backend.device == "cpu":
-        checks.one_device(op, dict(zip(_names_of(reference), arguments, strict=False)))
+        checks.one_device(op, dict(zip(OPS[op], arguments, strict=True)))
     kernel: Callable[..., Result] = backend.kernel
     return kernel(format, *arguments)
-
-
-@cache
-def _names_of(reference: Callable[..., Any]) -> tuple[str, ...]:
-    """What the arguments behind the format are called."""
-    return tuple(inspect.signature(reference).parameters)[1:]

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import Backend, choose, register_backend, unregister_backend
+from ..backends import OPS, Backend, choose, register_backend, unregister_backend
 from ..errors import FormatError
 from ..formats import Granularity, Scheme, WeightFormat
 from ..reference import Outliers
@@ -71,16 +69,11 @@ def _accepts_outliers(format: None, weight: Tensor, outliers: Outliers) -> bool:
     return weight.dtype is torch.float32 and outliers.values.dtype in FLOATS and availability.run_on(weight.device)
 
 
-@cache
-def _operands_of(function: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(function).parameters)[1:]
-
-
-def check_operands(function: Callable[..., Any], operands: Sequence[Any]) -> None:
+def check_operands(op: str, operands: Sequence[Any]) -> None:
     """Raise :class:`FormatError` where the operands of an op behind its format are not on one device, or of types that
-    its kernel, which has the op's name, does not take.
+    its kernel does not take.
     """
-    op, named = function.__name__, dict(zip(_operands_of(function), operands, strict=True))
+    named = dict(zip(OPS[op], operands, strict=True))
     checks.one_device(op, named)
     for name in COMPUTED:
         if name in named and named[name].dtype not in FLOATS:
@@ -95,7 +88,7 @@ def kernel_of(op: str) -> Callable[..., Any]:
 
     def call(format: WeightFormat | None, *operands: Any) -> Any:
         function = getattr(importlib.import_module(f"{__package__}.{MODULES[op]}"), op)
-        check_operands(function, operands)
+        check_operands(op, operands)
         return function(format, *operands)
 
     return call

@@ -112,7 +112,7 @@ def packed_linears(format: None, input: Tensor, calls: Sequence[tuple[Any, ...]]
     """``calls`` of :func:`packed_linear` on one input, which is quantized once; those of a kind are one launch."""
     linears = []
     for each in calls:
-        check_operands(packed_linear, each[1:])
+        check_operands("packed_linear", each[1:])
         own_format, _, codes, scale, zero_point, outliers, bias, _, _, columns, _, activation, _ = each
         linears.append(Linear(own_format, codes, scale, zero_point, outliers, columns, bias, activation))
     kinds: dict[tuple[Any, ...], list[int]] = {}

@@ -1,5 +1,6 @@
 """A faster kernel is used when it accepts a call, and only then."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -106,7 +107,14 @@ def calls() -> dict[str, Callable[[], Tensor]]:
 
 
 def test_every_op_that_takes_backends_is_called_here() -> None:
-    assert tuple(calls()) == module.OPS
+    assert tuple(calls()) == tuple(module.OPS)
+
+
+@pytest.mark.parametrize("op", module.OPS)
+def test_operands_are_called_what_the_reference_calls_them(op: str) -> None:
+    own = {"packed_linears": ops.each_linear}.get(op) or getattr(ops, f"_reference_{op}", None)
+    function = own or getattr(reference, op)
+    assert tuple(inspect.signature(function).parameters) == ("format", *module.OPS[op])
 
 
 @pytest.mark.parametrize("op", module.OPS)
